@@ -1,0 +1,126 @@
+"""What can go wrong, one class per cause, and the exit code of each.  Knows nothing else.
+
+A message says where, what, expected, found, and what to do.  Text that came from a file is shown with !r by whoever
+raises, because a tensor name may hold escape codes; paths are relative to the checkpoint.
+"""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_DIFFERENT = 1
+EXIT_USAGE = 2
+EXIT_BAD_INPUT = 3
+EXIT_ENVIRONMENT = 4
+EXIT_BUSY = 75
+EXIT_SIGNAL = 128  # plus the signal's number: 130 for SIGINT, 143 for SIGTERM
+
+
+class Dsv4Error(Exception):
+    """Base of the family: a sentence, then one line for each fact that is known."""
+
+    exit_code = EXIT_BAD_INPUT
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        file: str | None = None,
+        expected: object = None,
+        found: object = None,
+        do: str | None = None,
+    ) -> None:
+        facts = {"file": file, "expected": expected, "found": found, "do": do}
+        self.what = what
+        self.facts = {key: str(value) for key, value in facts.items() if value is not None}
+        super().__init__("\n".join([what, *(f"    {key:<9} {text}" for key, text in self.facts.items())]))
+
+
+# ---- bad or hostile input: exit 3
+
+
+class BadHeader(Dsv4Error):
+    """A safetensors file that breaks one of the format's rules."""
+
+
+class BadIndex(Dsv4Error):
+    """model.safetensors.index.json is malformed or does not agree with the shards."""
+
+
+class BadConfig(Dsv4Error):
+    """config.json is malformed, or a value in it is missing, mistyped or out of bounds."""
+
+
+class UnsafePath(Dsv4Error):
+    """A file name or link that would lead outside the checkpoint, or is no regular file."""
+
+
+class MissingFile(Dsv4Error):
+    """A file that the checkpoint needs is not there."""
+
+
+class UnknownRelease(Dsv4Error):
+    """The config or the stored dtypes fit no release that we know."""
+
+
+class NotConform(Dsv4Error):
+    """The tensors of a checkpoint are not the ones its config asks for."""
+
+
+class MissingScale(NotConform):
+    """Quantized codes without their scales."""
+
+
+class OrphanScale(NotConform):
+    """Scales without codes."""
+
+
+class NotFinite(Dsv4Error):
+    """NaN or infinity in a scale, a code or a decoded value."""
+
+
+class SourceChanged(Dsv4Error):
+    """A source file is not what it was when the plan was made."""
+
+
+class BadManifest(Dsv4Error):
+    """dsv4.manifest.json is malformed."""
+
+
+# ---- usage: exit 2
+
+
+class Usage(Dsv4Error):
+    """A request that cannot be carried out as it was put."""
+
+    exit_code = EXIT_USAGE
+
+
+class ForeignOutput(Usage):
+    """The output directory holds something that is not ours, or another plan's work."""
+
+
+# ---- environment: exit 4
+
+
+class Environment(Dsv4Error):
+    """The machine does not let us: permission, I/O error."""
+
+    exit_code = EXIT_ENVIRONMENT
+
+
+class NoSpace(Environment):
+    """Not enough room for the output."""
+
+
+class Busy(Dsv4Error):
+    """Another process is writing this output."""
+
+    exit_code = EXIT_BUSY
+
+
+class Interrupted(Dsv4Error):
+    """A signal asked us to stop."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__("stopped by a signal; finished files stay, the same command continues")
+        self.exit_code = EXIT_SIGNAL + signal_number

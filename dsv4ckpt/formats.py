@@ -1,0 +1,123 @@
+"""Facts about how numbers are stored: dtypes, grids, block geometries, file limits.  Knows no names, files or torch.
+
+Source: safetensors format (README, 0.8.0), OCP MX v1.0 sec. 5.3-5.4 (E2M1, E8M0), OCP FP8 (E4M3),
+the released DeepSeek-V4 and V4.1 headers and configs.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import NamedTuple
+
+Shape = tuple[int, ...]
+
+# safetensors dtype names and their width in bits.  The F6 types of the format have no loader and are left out.
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64,
+    "C64": 64, "F4": 4,
+}  # fmt: skip
+
+FP4_GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1 code & 7; bit 3 is the sign, so code 8 is -0.0
+FP8_MAX = 448.0  # E4M3FN: 0x7E; 0x7F and 0xFF are NaN, there is no infinity
+E8M0_BIAS = 127  # byte b means 2**(b - 127)
+E8M0_NAN = 255
+E8M0_ONE = 127
+
+MAX_HEADER_BYTES = 100_000_000  # safetensors refuses more
+MAX_INDEX_BYTES = 64 * 1024 * 1024
+MAX_CONFIG_BYTES = 1024 * 1024
+MAX_SMALL_FILE_BYTES = 64 * 1024 * 1024
+MAX_METADATA_BYTES = 1024 * 1024
+MAX_NAME_CHARS = 512
+MAX_RANK = 8
+MAX_COUNT = 2**63 - 1
+
+INDEX_NAME = "model.safetensors.index.json"
+CONFIG_NAME = "config.json"
+MANIFEST_NAME = "dsv4.manifest.json"
+SINGLE_NAME = "model.safetensors"
+
+
+class Block(NamedTuple):
+    """The elements that share one scale; a block cut off by the edge still has its own."""
+
+    rows: int
+    cols: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.cols}"
+
+
+class Quant(NamedTuple):
+    """How a quantized matrix is stored: dtype of the codes, codes per stored element, dtype and block of the scales."""
+
+    codes: str
+    codes_per_element: int
+    scale: str
+    block: Block
+
+
+class Storage(StrEnum):
+    """Storage formats that can be read. The value is the word used on the command line."""
+
+    FP4_FP8 = "fp4+fp8"  # experts E2M1 1x32 E8M0, dense E4M3 128x128 E8M0: Flash, Pro, 0731, 0813, Vision-Exp
+    FP4_FP8_32 = "fp4+fp8-32x32"  # experts as above, dense 32x32, Engram tables 1x32: V4.1
+    FP8_F32SCALE = "fp8-f32scale"  # everything E4M3 128x128 with F32 scales: Base
+    FP8 = "fp8"  # everything E4M3 128x128 with E8M0 scales: the repackaged releases
+    BF16 = "bf16"
+
+
+class Kind(StrEnum):
+    """What a tensor is, as far as its storage depends on it."""
+
+    EXPERT = "expert"  # routed expert matrix
+    DENSE = "dense"  # any other matrix that releases quantize
+    TABLE = "table"  # Engram embedding table
+    BF16 = "BF16"
+    F32 = "F32"
+    I64 = "I64"
+
+
+FP4_EXPERT = Quant("I8", 2, "F8_E8M0", Block(1, 32))
+FP8_TILE = Quant("F8_E4M3", 1, "F8_E8M0", Block(128, 128))
+FP8_TILE_F32 = Quant("F8_E4M3", 1, "F32", Block(128, 128))
+FP8_TILE_32 = Quant("F8_E4M3", 1, "F8_E8M0", Block(32, 32))
+FP8_ROW_32 = Quant("F8_E4M3", 1, "F8_E8M0", Block(1, 32))
+
+# One row per storage format: how experts, dense matrices and tables are kept. None: as BF16.
+QUANTS: dict[Storage, dict[Kind, Quant]] = {
+    Storage.FP4_FP8: {Kind.EXPERT: FP4_EXPERT, Kind.DENSE: FP8_TILE},
+    Storage.FP4_FP8_32: {Kind.EXPERT: FP4_EXPERT, Kind.DENSE: FP8_TILE_32, Kind.TABLE: FP8_ROW_32},
+    Storage.FP8_F32SCALE: {Kind.EXPERT: FP8_TILE_F32, Kind.DENSE: FP8_TILE_F32},
+    Storage.FP8: {Kind.EXPERT: FP8_TILE, Kind.DENSE: FP8_TILE},
+    Storage.BF16: {},
+}
+
+
+def ceil_div(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def num_elements(shape: Shape) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count
+
+
+def stored_bytes(dtype: str, shape: Shape) -> int:
+    """Size of a stored tensor. F4 counts half a byte per element."""
+    return num_elements(shape) * DTYPE_BITS[dtype] // 8
+
+
+def scale_shape(weight_shape: Shape, block: Block) -> Shape:
+    """Shape of the scale grid of a logical [R, C] matrix: one scale per block, edges included."""
+    rows, cols = weight_shape
+    return ceil_div(rows, block.rows), ceil_div(cols, block.cols)
+
+
+def codes_shape(weight_shape: Shape, quant: Quant) -> Shape:
+    """Shape under which the codes of a logical [R, C] matrix are stored."""
+    rows, cols = weight_shape
+    return rows, ceil_div(cols, quant.codes_per_element)

@@ -1,0 +1,61 @@
+"""JSON from strangers: UTF-8, one value, no duplicate key, no NaN.  Owns the parsing rules; knows no files.
+
+json.loads takes the last of two equal keys, other parsers the first: a file that means two things is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+
+class Malformed(ValueError):
+    """Not strict JSON; the message says why. Callers turn it into an error of their own that names the file."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise Malformed(f"the key {twice[:200]!r} stands there twice")
+    return result
+
+
+def _constant(text: str) -> NoReturn:
+    raise Malformed(f"{text} is not a JSON number")
+
+
+def _no_float(text: str) -> NoReturn:
+    raise Malformed(f"{text[:40]} where only whole numbers may stand")
+
+
+def _whole(text: str) -> int:
+    if len(text) > 20:
+        raise Malformed(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def loads(data: bytes, *, floats: bool) -> Any:
+    """Parse one JSON value. raises Malformed"""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Malformed(f"not UTF-8: {error.reason} at byte {error.start}") from None
+    try:
+        return json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_constant=_constant,
+            parse_int=_whole,
+            parse_float=float if floats else _no_float,
+        )
+    except json.JSONDecodeError as error:
+        raise Malformed(f"not JSON: {error.msg} at character {error.pos}") from None
+    except RecursionError:
+        raise Malformed("nested too deeply") from None
+
+
+def canonical(value: object) -> bytes:
+    """The one byte string that we write for a value: sorted keys, no blanks, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")
