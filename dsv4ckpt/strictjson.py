@@ -56,6 +56,16 @@ def loads(data: bytes, *, floats: bool) -> Any:
         raise Malformed("nested too deeply") from None
 
 
+def compact(value: object) -> bytes:
+    """The one byte string that we write for a value whose order of keys means something: no blanks, ASCII."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
 def canonical(value: object) -> bytes:
-    """The one byte string that we write for a value: sorted keys, no blanks, ASCII."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")
+    """The same with sorted keys, for hashing."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def pretty(value: object) -> bytes:
+    """For files that people read (config.json, index, manifest): two blanks of indent, real letters, a last newline."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")

@@ -1,0 +1,161 @@
+"""Which release is this?  Told from the config and the stored dtypes, never from a directory's name.
+
+Owns the list of releases and their configs (data in releases/, written from the published facts); opens no checkpoint.
+The key `expert_dtype` decides nothing: launch configs lack it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, NamedTuple
+
+from . import config as configs
+from . import inventory
+from .config import ModelConfig
+from .errors import UnknownRelease
+from .formats import FP4_EXPERT, QUANTS, Block, Kind, Quant, Shape, Storage
+from .inventory import Family
+from .names import Match, Namespace
+
+
+class Release(NamedTuple):
+    """One row per release."""
+
+    name: str
+    family: Family
+    storage: Storage  # what `native` means for it
+    repository: str
+
+
+RELEASES = {
+    row.name: row
+    for row in (
+        Release("flash", inventory.PREVIEW, Storage.FP4_FP8, "deepseek-ai/DeepSeek-V4-Flash"),
+        Release("flash-base", inventory.BASE, Storage.FP8_F32SCALE, "deepseek-ai/DeepSeek-V4-Flash-Base"),
+        Release("flash-0731", inventory.DSPARK, Storage.FP4_FP8, "deepseek-ai/DeepSeek-V4-Flash-0731"),
+        Release("pro", inventory.PREVIEW, Storage.FP4_FP8, "deepseek-ai/DeepSeek-V4-Pro"),
+        Release("pro-base", inventory.BASE, Storage.FP8_F32SCALE, "deepseek-ai/DeepSeek-V4-Pro-Base"),
+        Release("pro-0813", inventory.DSPARK, Storage.FP4_FP8, "deepseek-ai/DeepSeek-V4-Pro-0813"),
+        Release("vision-exp", inventory.VISION, Storage.FP4_FP8, "deepseek-ai/DeepSeek-V4-Flash-Vision-Exp"),
+        Release("v4.1-flash", inventory.V41_FAMILY, Storage.FP4_FP8_32, "deepseek-ai/DeepSeek-V4.1-Flash"),
+    )
+}
+_PRO_SCALING = 2.5  # routed_scaling_factor; Flash has 1.5. Width-independent, so that it holds for cut-down models
+_BASE_COPY = "mtp.0.emb.tok_emb.weight"
+
+
+@functools.cache
+def shipped_config(name: str) -> dict[str, Any]:
+    """The config.json of a release, from the package."""
+    return configs.parse(resources.files(__package__).joinpath("releases", f"{name}.json").read_bytes())
+
+
+class Seen(NamedTuple):
+    """A stored tensor, as a header tells it."""
+
+    dtype: str
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint is."""
+
+    release: Release
+    storage: Storage
+    namespace: Namespace
+
+
+def identify(
+    document: Mapping[str, Any], model: ModelConfig, seen: Mapping[str, Seen], namespace: Namespace
+) -> Identity:
+    """Tell release and storage format. raises UnknownRelease"""
+    storage = _storage(model, seen, namespace)
+    return Identity(RELEASES[_name(document, model, seen, storage)], storage, namespace)
+
+
+def _name(
+    document: Mapping[str, Any], model: ModelConfig, seen: Mapping[str, Seen], storage: Storage
+) -> str:
+    if model.model_type == configs.V41:
+        return "v4.1-flash"
+    size = "pro" if model.routed_scaling_factor == _PRO_SCALING else "flash"
+    if any(name.endswith(".bias_vl") or name.endswith("_bias_vl") for name in seen) or "vision_config" in document:
+        return "vision-exp"
+    if model.dspark_targets:
+        return "pro-0813" if size == "pro" else "flash-0731"
+    if _BASE_COPY in seen or storage is Storage.FP8_F32SCALE:
+        return f"{size}-base"
+    return size
+
+
+def _storage(model: ModelConfig, seen: Mapping[str, Seen], namespace: Namespace) -> Storage:
+    """Compare how experts and dense matrices are stored with every known way."""
+    found = {kind: _observed(model, seen, namespace, kind) for kind in (Kind.EXPERT, Kind.DENSE)}
+    for storage, quants in QUANTS.items():
+        if all(found[kind] == _summary(quants.get(kind)) for kind in found):
+            return storage
+    raise UnknownRelease(
+        "experts and dense matrices are stored in a way that no known release uses",
+        expected=" or ".join(sorted(storage.value for storage in QUANTS)),
+        found=", ".join(f"{kind.value}: {_words(found[kind])}" for kind in found),
+        do="if tensors are missing here, `dsv4 inspect` on the complete download tells more",
+    )
+
+
+_Summary = tuple[str, str | None, Block | None]
+
+
+def _summary(quant: Quant | None) -> _Summary:
+    return ("BF16", None, None) if quant is None else (quant.codes, quant.scale, quant.block)
+
+
+def _words(summary: _Summary | None) -> str:
+    if summary is None:
+        return "none found"
+    codes, scale, block = summary
+    return f"{codes} with {scale} scales per {block}" if scale else codes
+
+
+def _observed(
+    model: ModelConfig, seen: Mapping[str, Seen], namespace: Namespace, kind: Kind
+) -> _Summary | None:
+    """How the first tensor of a kind is stored. Geometry is read from the shapes, never assumed."""
+    rows, cols = model.intermediate, model.hidden
+    probes = [f"layers.{layer}.ffn.{{}}w1.weight" for layer in range(model.num_layers)]
+    owner = "experts.0." if kind is Kind.EXPERT else "shared_experts."
+    for probe in probes:
+        weight_name, scale_name = _names(probe.format(owner), namespace)
+        weight, scale = seen.get(weight_name), seen.get(scale_name)
+        if weight is None:
+            continue
+        if scale is None or len(scale.shape) < 2:
+            return weight.dtype, None, None
+        scale_rows, scale_cols = scale.shape[-2:]
+        if namespace is Namespace.TRANSFORMERS and kind is Kind.EXPERT:
+            rows = 2 * model.intermediate
+        block = _block(rows, cols, scale_rows, scale_cols)
+        return weight.dtype, scale.dtype, block
+    return None
+
+
+def _names(logical: str, namespace: Namespace) -> tuple[str, str]:
+    table = inventory.PREVIEW.table
+    match = table.match(logical)
+    assert match is not None
+    scale = Match(match.row, match.numbers, "scale")
+    return table.place(match, namespace).name, table.place(scale, namespace).name
+
+
+def _block(rows: int, cols: int, scale_rows: int, scale_cols: int) -> Block | None:
+    """The one known geometry that gives this scale grid. None if no geometry fits or more than one does."""
+    known = {FP4_EXPERT.block} | {quant.block for quants in QUANTS.values() for quant in quants.values()}
+    fits = [
+        block
+        for block in sorted(known)
+        if (-(-rows // block.rows), -(-cols // block.cols)) == (scale_rows, scale_cols)
+    ]
+    return fits[0] if len(fits) == 1 else None

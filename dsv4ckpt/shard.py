@@ -1,0 +1,173 @@
+"""ONE safetensors file: strict header in, canonical header out, positioned reads.  Knows no scales, index or torch.
+
+A file is 8 bytes of header length, a JSON header, and the tensors' bytes without holes.  We read with pread only:
+a memory-mapped file that is truncated under us would kill the process.
+Source: safetensors format (README and 0.8.0); rules H1-H14 are numbered where they are enforced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterable
+from typing import Any, NamedTuple, NoReturn
+
+from . import formats, strictjson
+from .errors import BadHeader, SourceChanged
+from .formats import Shape
+
+_LENGTH = struct.Struct("<Q")
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+_ALIGNMENT = 8  # bytes; where the reference writer starts the data, so every element is aligned
+
+
+class Entry(NamedTuple):
+    """Where a tensor's bytes stand: [begin, end) from the start of the file."""
+
+    dtype: str
+    shape: Shape
+    begin: int
+    end: int
+
+
+class Header(NamedTuple):
+    """What a safetensors header says, checked."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+    data_start: int
+    sha256: str  # of the length field and the header as they stand in the file
+
+
+def read_header(fd: int, file: str) -> Header:
+    """Read and check the header of an open safetensors file.
+
+    file     name for messages
+    returns  every entry, in order of its bytes
+    raises   BadHeader
+    """
+    size = os.fstat(fd).st_size
+    if size < _LENGTH.size:  # H1
+        _refuse(file, "shorter than the length field", expected="at least 8 bytes", found=f"{size} bytes")
+    prefix = read_exactly(fd, _LENGTH.size, 0, file)
+    (length,) = _LENGTH.unpack(prefix)
+    if length > min(formats.MAX_HEADER_BYTES, size - _LENGTH.size):  # H2
+        limit = f"at most {min(formats.MAX_HEADER_BYTES, size - _LENGTH.size):,} bytes of header"
+        _refuse(file, "header length out of range", expected=limit, found=f"{length:,}")
+    raw = read_exactly(fd, length, _LENGTH.size, file)
+    return parse_header(prefix + raw, size, file)
+
+
+def parse_header(prefixed: bytes, file_size: int, file: str) -> Header:
+    """Check a header, given with its length field, against the size of its file. raises BadHeader"""
+    raw = prefixed[_LENGTH.size :]
+    data_start = len(prefixed)
+    if raw[:1] != b"{":  # H3
+        _refuse(file, "the header is no JSON object", expected="'{'", found=repr(raw[:8]))
+    if raw.rstrip(b" ")[-1:] != b"}":  # H4
+        _refuse(file, "something but blanks follows the header's JSON")
+    try:
+        document = strictjson.loads(raw, floats=False)  # H4 H5 H6 H14
+    except strictjson.Malformed as error:
+        _refuse(file, f"the header is malformed: {error}")
+    metadata = _metadata(document.pop("__metadata__", {}), file)
+    found = [(name, _entry(name, fields, data_start, file)) for name, fields in document.items()]
+    found.sort(key=lambda item: (item[1].begin, item[1].end))
+    position = data_start
+    for name, entry in found:  # H11
+        if entry.begin != position:
+            problem = "overlaps what stands before it" if entry.begin < position else "leaves a hole before it"
+            _refuse(
+                file, f"tensor {name!r} {problem}", expected=position - data_start, found=entry.begin - data_start
+            )
+        position = entry.end
+    if position != file_size:
+        problem = "the file is truncated" if file_size < position else "bytes follow the last tensor"
+        _refuse(file, problem, expected=f"{position:,} bytes", found=f"{file_size:,} bytes")
+    return Header(dict(found), metadata, data_start, hashlib.sha256(prefixed).hexdigest())
+
+
+def _metadata(value: Any, file: str) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):  # H13
+        _refuse(file, "__metadata__ is no map of strings")
+    if sum(len(key) + len(text) for key, text in value.items()) > formats.MAX_METADATA_BYTES:
+        _refuse(file, "__metadata__ is too large", expected=f"at most {formats.MAX_METADATA_BYTES:,} characters")
+    return value
+
+
+def _entry(name: str, fields: Any, data_start: int, file: str) -> Entry:
+    if not 0 < len(name) <= formats.MAX_NAME_CHARS or not name.isprintable():  # H12
+        _refuse(file, f"tensor name {name[:100]!r} is empty, too long or not printable")
+    if not isinstance(fields, dict) or fields.keys() != _ENTRY_KEYS:  # H7
+        _refuse(file, f"tensor {name!r} is described by the wrong fields", expected=sorted(_ENTRY_KEYS))
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in formats.DTYPE_BITS:  # H8
+        _refuse(file, f"tensor {name!r} has an unknown dtype", found=repr(dtype)[:60])
+    if not isinstance(shape, list) or len(shape) > formats.MAX_RANK or not _are_counts(shape):  # H9
+        _refuse(file, f"tensor {name!r} has no valid shape", found=repr(shape)[:60])
+    bits = formats.DTYPE_BITS[dtype]
+    for length in shape:
+        bits *= length
+        if bits > formats.MAX_COUNT:
+            _refuse(file, f"tensor {name!r} is larger than any file", found=repr(shape)[:60])
+    if not isinstance(offsets, list) or len(offsets) != 2 or not _are_counts(offsets):
+        _refuse(file, f"tensor {name!r} has no valid data_offsets", found=repr(offsets)[:60])
+    begin, end = offsets
+    if bits % 8 or end - begin != bits // 8:  # H9 H10
+        _refuse(
+            file,
+            f"tensor {name!r} does not fill its range",
+            expected=f"{bits / 8:g} bytes for {dtype} {shape}",
+            found=f"{end - begin} bytes",
+        )
+    return Entry(dtype, tuple(shape), data_start + begin, data_start + end)
+
+
+def _are_counts(values: list[Any]) -> bool:
+    return all(type(value) is int and 0 <= value <= formats.MAX_COUNT for value in values)  # bool is no count
+
+
+def _refuse(file: str, what: str, *, expected: object = None, found: object = None) -> NoReturn:
+    raise BadHeader(
+        what, file=file, expected=expected, found=found, do="download the file again and compare its SHA-256"
+    )
+
+
+def encode_header(tensors: Iterable[tuple[str, str, Shape]], metadata: dict[str, str]) -> bytes:
+    """Header bytes, length field included, of a file that holds (name, dtype, shape) in this order without holes.
+
+    Keys keep the given order, blanks pad the data to a multiple of 8 bytes: equal arguments give equal bytes.
+    """
+    document: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    position = 0
+    for name, dtype, shape in tensors:
+        end = position + formats.stored_bytes(dtype, shape)
+        document[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    raw = strictjson.compact(document)
+    raw += b" " * (-len(raw) % _ALIGNMENT)
+    return _LENGTH.pack(len(raw)) + raw
+
+
+def read_exactly(fd: int, size: int, offset: int, file: str) -> bytes:
+    """`size` bytes from `offset`. raises SourceChanged if the file ends before"""
+    data = bytearray(size)
+    read_into(fd, memoryview(data), offset, file)
+    return bytes(data)
+
+
+def read_into(fd: int, view: memoryview, offset: int, file: str) -> None:
+    """Fill `view` from `offset`. raises SourceChanged if the file ends before"""
+    done = 0
+    while done < len(view):
+        got = os.preadv(fd, [view[done:]], offset + done)
+        if not got:
+            raise SourceChanged(
+                "the file ended while it was read",
+                file=file,
+                expected=f"{len(view):,} bytes from {offset:,}",
+                found=f"{done:,} bytes",
+                do="leave the source alone while a command reads it, then start again",
+            )
+        done += got
