@@ -1,0 +1,408 @@
+"""ONE checkpoint, read-only: index, containment, name -> bytes.  Knows no outputs and no targets.
+
+Whatever the files say, nothing outside the checkpoint is opened: index entries are plain file names, links must stay
+inside the directory or inside the Hub cache that it belongs to, and only regular files are read.
+Rules I1-I6 are numbered where they are enforced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, NoReturn
+
+from . import config as configs
+from . import formats, shard, strictjson
+from .errors import BadIndex, Environment, MissingFile, SourceChanged, UnsafePath
+from .formats import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
+from .release import Seen
+from .shard import Entry, Header
+
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
+_CODE_DIRECTORIES = ("encoding", "inference")
+_CARRIED_SUFFIXES = (".json", ".txt", ".md", ".jinja", ".model", ".tiktoken", ".pdf", ".yaml", ".yml")
+_CARRIED_NAMES = re.compile(r"(LICENSE|NOTICE|COPYING|README)[A-Za-z0-9._-]*")
+
+
+class Stamp(NamedTuple):
+    """What tells that a file is still the same one."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file of a checkpoint."""
+
+    name: str
+    header: Header
+    stamp: Stamp
+
+
+class Location(NamedTuple):
+    """Where a stored tensor stands."""
+
+    shard: str
+    entry: Entry
+
+
+class SmallFile(NamedTuple):
+    """Something beside the shards. `left` says why it is not carried to outputs; None: it is."""
+
+    name: str
+    size: int
+    left: str | None
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint's headers and index, checked; bytes are read through `reader`."""
+
+    directory: str
+    follow_links: bool
+    config_bytes: bytes | None
+    index_total: int | None = None
+    has_index: bool = False
+    shards: dict[str, Shard] = field(default_factory=dict)
+    tensors: dict[str, Location] = field(default_factory=dict)
+    problems: list[BadIndex] = field(default_factory=list)  # index and headers disagree: fatal for every reader
+
+    @property
+    def seen(self) -> dict[str, Seen]:
+        """dtype and shape of every stored tensor."""
+        return {name: Seen(place.entry.dtype, place.entry.shape) for name, place in self.tensors.items()}
+
+    @property
+    def total_size(self) -> int:
+        """Bytes of tensor data, as the index should say."""
+        return sum(place.entry.end - place.entry.begin for place in self.tensors.values())
+
+    def config(self) -> dict[str, Any]:
+        """The object in config.json. raises MissingFile, BadConfig"""
+        if self.config_bytes is None:
+            raise MissingFile(
+                "there is no config.json beside the tensors",
+                expected=CONFIG_NAME,
+                do="name the checkpoint's directory, with its config.json in it",
+            )
+        return configs.parse(self.config_bytes)
+
+    def require_sound(self) -> None:
+        """raises BadIndex for the first disagreement between index and headers"""
+        if self.problems:
+            raise self.problems[0]
+
+    def read_small(self, name: str) -> bytes:
+        """The bytes of a small file. raises UnsafePath, Environment, SourceChanged"""
+        with _opened(self.directory, name, self.follow_links) as fd:
+            return shard.read_exactly(fd, os.fstat(fd).st_size, 0, name)
+
+    def small_files(self) -> list[SmallFile]:
+        """Everything beside the shards, sorted by name, each with the reason if it is left behind."""
+        found = list(_list_small(self.directory, "", self.follow_links))
+        return sorted(found)
+
+    @contextlib.contextmanager
+    def reader(self) -> Iterator[Reader]:
+        """Positioned reads from the shards; files are opened at first use and closed together."""
+        reader = Reader(self)
+        try:
+            yield reader
+            reader.check_unchanged()
+        finally:
+            reader.close()
+
+
+class Reader:
+    """Reads ranges of shards into the caller's buffers. For one thread."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._fds: dict[str, int] = {}
+
+    def read_into(self, name: str, view: memoryview, offset: int) -> None:
+        """Fill `view` with bytes of tensor `name` from `offset` within it. raises SourceChanged, Environment"""
+        place = self._checkpoint.tensors[name]
+        assert offset + len(view) <= place.entry.end - place.entry.begin
+        with _io_errors(place.shard):
+            shard.read_into(self._fd(place.shard), view, place.entry.begin + offset, place.shard)
+
+    def will_need(self, name: str, offset: int, size: int) -> None:
+        """Tell the kernel to start reading a range of tensor `name`."""
+        place = self._checkpoint.tensors[name]
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(
+                self._fd(place.shard), place.entry.begin + offset, size, os.POSIX_FADV_WILLNEED
+            )
+
+    def check_unchanged(self) -> None:
+        """raises SourceChanged if a file that was read is no longer the planned one"""
+        for name, fd in self._fds.items():
+            _require_same(self._checkpoint.shards[name], os.fstat(fd))
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def _fd(self, name: str) -> int:
+        fd = self._fds.get(name)
+        if fd is None:
+            with _io_errors(name):
+                fd = _open(self._checkpoint.directory, name, self._checkpoint.follow_links)
+            self._fds[name] = fd
+            _require_same(self._checkpoint.shards[name], os.fstat(fd))
+        return fd
+
+
+def open_checkpoint(path: str, *, follow_links: bool = False) -> Checkpoint:
+    """Read index, headers and config of a directory or a single safetensors file.
+
+    raises  MissingFile, UnsafePath, BadIndex, BadHeader, Environment.  Disagreements between index and headers are
+            kept in `problems`, so that they can be listed; call require_sound before relying on the tensors.
+    """
+    if path.startswith("hf://"):
+        raise MissingFile(
+            "this version reads local files only",
+            found=path[:200],
+            do="download it first: hf download ORG/NAME --local-dir DIR",
+        )
+    if os.path.isdir(path):
+        return _open_directory(path, follow_links)
+    if os.path.exists(path):
+        directory, name = os.path.split(os.path.abspath(path))
+        checkpoint = Checkpoint(directory, follow_links, None)
+        _add_shard(checkpoint, name)
+        return checkpoint
+    raise MissingFile("there is no such file or directory", found=repr(path), do="check the spelling of SRC")
+
+
+def _open_directory(path: str, follow_links: bool) -> Checkpoint:
+    with _io_errors(path):
+        present = sorted(os.listdir(path))
+    config_bytes = _read_optional(path, CONFIG_NAME, formats.MAX_CONFIG_BYTES, follow_links)
+    checkpoint = Checkpoint(path, follow_links, config_bytes)
+    in_directory = [name for name in present if name.endswith(".safetensors")]
+    index = _read_optional(path, INDEX_NAME, formats.MAX_INDEX_BYTES, follow_links)
+    if index is not None:
+        checkpoint.has_index = True
+        weight_map, checkpoint.index_total = _parse_index(index)
+        wanted = sorted(set(weight_map.values()))
+    else:
+        if len(in_directory) > 1:  # I6
+            raise BadIndex(
+                f"{len(in_directory)} safetensors files and no index to say how they belong together",
+                expected=INDEX_NAME,
+                do="download model.safetensors.index.json beside them",
+            )
+        weight_map, wanted = {}, in_directory
+    if not wanted:
+        raise MissingFile(
+            "no safetensors file here",
+            expected=f"{INDEX_NAME} and its shards",
+            found=f"{len(present)} other entries",
+            do="name the directory that holds the checkpoint",
+        )
+    absent = [name for name in wanted if name not in set(present)]
+    if absent:
+        raise MissingFile(
+            f"{len(absent)} of {len(wanted)} shards that the index names are not here",
+            file=INDEX_NAME,
+            expected=", ".join(absent[:3]) + (", ..." if len(absent) > 3 else ""),
+            do="finish the download",
+        )
+    for name in wanted:
+        _add_shard(checkpoint, name)
+    if checkpoint.has_index:
+        _compare_with_index(checkpoint, weight_map, sorted(set(in_directory) - set(wanted)))
+    return checkpoint
+
+
+def _read_optional(directory: str, name: str, most: int, follow_links: bool) -> bytes | None:
+    if not os.path.lexists(os.path.join(directory, name)):
+        return None
+    with _opened(directory, name, follow_links) as fd:
+        size = os.fstat(fd).st_size
+        if size > most:
+            raise BadIndex(f"{name} is too large", file=name, expected=f"at most {most:,} bytes", found=f"{size:,}")
+        return shard.read_exactly(fd, size, 0, name)
+
+
+def _parse_index(data: bytes) -> tuple[dict[str, str], int | None]:
+    def refuse(what: str, **facts: Any) -> NoReturn:
+        raise BadIndex(what, file=INDEX_NAME, do="download the index again", **facts)
+
+    try:
+        document = strictjson.loads(data, floats=True)  # I1
+    except strictjson.Malformed as error:
+        refuse(f"the index is malformed: {error}")
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        refuse("the index has no weight_map")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or len(name) > 255 or not _SHARD_NAME.fullmatch(name):  # I2
+            raise UnsafePath(
+                f"the index puts tensor {tensor[:200]!r} into something that is no plain shard name",
+                file=INDEX_NAME,
+                expected="letters, digits, '.', '_', '-' and the ending .safetensors",
+                found=repr(name)[:200],
+                do="do not use this checkpoint: its index was tampered with",
+            )
+    metadata = document.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return weight_map, total if type(total) is int else None
+
+
+def _add_shard(checkpoint: Checkpoint, name: str) -> None:
+    with _opened(checkpoint.directory, name, checkpoint.follow_links) as fd:
+        header = shard.read_header(fd, name)
+        checkpoint.shards[name] = Shard(name, header, _stamp(os.fstat(fd)))
+    for tensor, entry in header.entries.items():
+        first = checkpoint.tensors.setdefault(tensor, Location(name, entry))
+        if first.shard != name:
+            checkpoint.problems.append(
+                BadIndex(
+                    f"tensor {tensor!r} stands in two shards",
+                    file=name,
+                    found=f"also in {first.shard}",
+                    do="remove the shard that belongs to another split",
+                )
+            )
+
+
+def _compare_with_index(checkpoint: Checkpoint, weight_map: dict[str, str], strays: list[str]) -> None:  # I4
+    problems = checkpoint.problems
+    for tensor, name in weight_map.items():
+        place = checkpoint.tensors.get(tensor)
+        if place is None or (place.shard != name and tensor not in checkpoint.shards[name].header.entries):
+            found = f"it stands in {place.shard}" if place else "it stands in no shard"
+            problems.append(
+                BadIndex(
+                    f"tensor {tensor[:200]!r} is not where the index says", file=INDEX_NAME, expected=name, found=found
+                )
+            )
+    for tensor, place in checkpoint.tensors.items():
+        if tensor not in weight_map:
+            problems.append(BadIndex(f"tensor {tensor!r} is in no line of the index", file=place.shard))
+    for name in strays:
+        problems.append(
+            BadIndex(
+                "a shard that the index does not know lies in the directory",
+                file=name,
+                do="move it away: programs that read every *.safetensors would mix it in",
+            )
+        )
+
+
+# ---- containment
+
+
+@contextlib.contextmanager
+def _io_errors(name: str) -> Iterator[None]:
+    """OSError -> Environment, naming the file relative to the checkpoint."""
+    try:
+        yield
+    except OSError as error:
+        raise Environment(f"cannot read: {os.strerror(error.errno or errno.EIO)}", file=name) from None
+
+
+@contextlib.contextmanager
+def _opened(directory: str, name: str, follow_links: bool) -> Iterator[int]:
+    with _io_errors(name):
+        fd = _open(directory, name, follow_links)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+
+def _open(directory: str, name: str, follow_links: bool) -> int:
+    """Open a regular file below `directory` for reading. raises UnsafePath, OSError"""
+    path = os.path.join(directory, name)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
+    if os.path.islink(path):  # I3
+        path = _contained_target(directory, name, follow_links)
+    fd = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UnsafePath("this is no regular file", file=name, do="remove it from the checkpoint")
+    return fd
+
+
+def _contained_target(directory: str, name: str, follow_links: bool) -> str:
+    target = os.path.realpath(os.path.join(directory, name))
+    allowed = [os.path.realpath(directory)]
+    cache = os.path.dirname(os.path.dirname(allowed[0]))  # the Hub cache: models--*/snapshots/REVISION
+    if os.path.basename(cache).startswith("models--"):
+        allowed.append(os.path.join(cache, "blobs"))
+    if not follow_links and not any(os.path.commonpath([target, root]) == root for root in allowed):
+        raise UnsafePath(
+            "this link leads outside the checkpoint",
+            file=name,
+            expected="a target in the directory itself, or in the Hub cache that it belongs to",
+            do="if you made the link yourself: --follow-symlinks",
+        )
+    return target
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return Stamp(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def _require_same(planned: Shard, status: os.stat_result) -> None:
+    if _stamp(status) != planned.stamp:
+        raise SourceChanged(
+            "this file changed while the command ran",
+            file=planned.name,
+            expected=f"{planned.stamp.size:,} bytes, unmodified",
+            found=f"{status.st_size:,} bytes",
+            do="leave the source alone while a command reads it, then start again",
+        )
+
+
+# ---- small files
+
+
+def _list_small(directory: str, below: str, follow_links: bool) -> Iterator[SmallFile]:
+    with _io_errors(below or "."):
+        entries = sorted(os.listdir(os.path.join(directory, below)))
+    for entry in entries:
+        name = os.path.join(below, entry) if below else entry
+        if entry.endswith(".safetensors") or name in (CONFIG_NAME, INDEX_NAME, MANIFEST_NAME):
+            continue
+        path = os.path.join(directory, name)
+        if os.path.isdir(path) and not os.path.islink(path):
+            if (name if not below else below.partition(os.sep)[0]) in _CODE_DIRECTORIES:
+                yield from _list_small(directory, name, follow_links)
+            else:
+                yield SmallFile(name + os.sep, 0, "a directory that releases do not have")
+            continue
+        left = _why_left(name)
+        if left:
+            yield SmallFile(name, 0, left)
+            continue
+        with _opened(directory, name, follow_links) as fd:
+            size = os.fstat(fd).st_size
+        too_large = size > formats.MAX_SMALL_FILE_BYTES
+        yield SmallFile(name, size, "larger than 64 MiB" if too_large else None)
+
+
+def _why_left(name: str) -> str | None:
+    base = os.path.basename(name)
+    if base.startswith("."):
+        return "hidden"
+    if not base.isprintable():
+        return "an unprintable name"
+    if base.endswith(".py"):
+        in_code = name.partition(os.sep)[0] in _CODE_DIRECTORIES
+        return None if in_code else "code outside encoding/ and inference/"
+    if base.lower().endswith(_CARRIED_SUFFIXES) or _CARRIED_NAMES.fullmatch(base):
+        return None
+    return "a kind of file that we do not carry"
