@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from . import formats, strictjson
+from . import strictjson
 from .errors import BadConfig, Usage
 from .formats import CONFIG_NAME
 
@@ -154,6 +154,9 @@ def read(document: dict[str, Any]) -> ModelConfig:
             else num_experts
         ),
     )
+    for key, width in (("hidden_size", common.hidden), ("moe_intermediate_size", common.intermediate)):
+        if width % 2:
+            text.refuse(key, "an even number: FP4 packs two columns into a byte")
     if common.num_heads * common.head_dim % common.o_groups:
         text.refuse("o_groups", f"a divisor of {common.num_heads} heads x {common.head_dim}")
     return common if model_type == V4 else _with_v41(common, text)
@@ -212,7 +215,7 @@ def for_subset(document: dict[str, Any], layers: tuple[int, ...], *, keep_mtp: b
         text = {key: value for key, value in text.items() if not key.startswith("dspark_")}
     elif model.dspark_targets:
         text["dspark_target_layer_ids"] = _targets(model.dspark_targets, layers)
-    return {**document, "text_config": text} if text.keys() and "text_config" in document else text
+    return {**document, "text_config": text} if _text(document) is not document else text
 
 
 def _targets(targets: tuple[int, ...], layers: tuple[int, ...]) -> list[int]:
@@ -241,13 +244,3 @@ def _subset_v41(text: dict[str, Any], model: ModelConfig, layers: tuple[int, ...
     text["engram_layer_ids"] = [layer for layer, _ in tables]
     text["engram_num_embeddings"] = [rows for _, rows in tables]
 
-
-def check_size(data: bytes) -> bytes:
-    if len(data) > formats.MAX_CONFIG_BYTES:
-        raise BadConfig(
-            "config.json is too large",
-            file=CONFIG_NAME,
-            expected=f"at most {formats.MAX_CONFIG_BYTES:,} bytes",
-            found=f"{len(data):,}",
-        )
-    return data

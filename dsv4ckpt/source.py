@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from . import config as configs
 from . import formats, shard, strictjson
-from .errors import BadIndex, Environment, MissingFile, SourceChanged, UnsafePath
+from .errors import BadConfig, BadIndex, Environment, MissingFile, SourceChanged, UnsafePath
 from .formats import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from .release import Seen
 from .shard import Entry, Header
@@ -231,7 +231,8 @@ def _read_optional(directory: str, name: str, most: int, follow_links: bool) -> 
     with _opened(directory, name, follow_links) as fd:
         size = os.fstat(fd).st_size
         if size > most:
-            raise BadIndex(f"{name} is too large", file=name, expected=f"at most {most:,} bytes", found=f"{size:,}")
+            kind = BadConfig if name == CONFIG_NAME else BadIndex
+            raise kind(f"{name} is too large", file=name, expected=f"at most {most:,} bytes", found=f"{size:,}")
         return shard.read_exactly(fd, size, 0, name)
 
 

@@ -1,0 +1,408 @@
+"""A durable output directory: lock, temporary files, fsync, rename, journal, space.  Knows no tensors.
+
+A file under its final name is complete and correct, and stays so over a power cut.  What is unfinished lives in
+`.dsv4/` inside the directory (same file system, and no name there ends in .safetensors); the manifest comes last.
+Uniqueness of temporary names and determinism make two runs harmless even where locks lie; the lock is for manners.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import secrets
+import socket
+import zlib
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from .errors import Busy, Environment, ForeignOutput, NoSpace
+from .formats import MANIFEST_NAME
+
+WORK = ".dsv4"
+_SLAB_BYTES = 8 * 1024 * 1024  # a multiple of any block device's alignment
+_NUM_SLABS = 3  # one filled, one hashed and written, one on its way between
+_ALIGNMENT = 4096
+
+
+class Receipt(NamedTuple):
+    """What a finished file is. `notes` are the writer's own words about it, kept in the journal."""
+
+    name: str
+    size: int
+    sha256: str
+    notes: dict[str, Any]
+
+
+@contextlib.contextmanager
+def io_errors(name: str) -> Iterator[None]:
+    """OSError -> NoSpace or Environment, naming the file relative to the output."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno or errno.EIO)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise NoSpace(
+                f"the output cannot grow: {reason}",
+                file=name,
+                do="make room, then give the same command again: finished files are kept",
+            ) from None
+        raise Environment(f"cannot write: {reason}", file=name) from None
+
+
+class OutDir:
+    """An output directory that belongs to one plan. Use `open_outdir`."""
+
+    def __init__(self, path: str, plan_sha256: str, dir_fd: int) -> None:
+        self.path = path
+        self._plan_sha256 = plan_sha256
+        self._dir_fd = dir_fd
+        self._work = os.path.join(path, WORK)
+        self._host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+        self._journal_fd = -1
+        self._lock_fd = -1
+        self.finished: dict[str, Receipt] = {}
+
+    # -- life
+
+    def lock(self) -> None:
+        """Take the directory. raises Busy"""
+        while True:
+            os.makedirs(self._work, exist_ok=True)
+            fd = os.open(os.path.join(self._work, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = os.pread(fd, 200, 0).decode(errors="replace")
+                os.close(fd)
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise
+                raise Busy(
+                    "another process is writing this output",
+                    found=holder or "a process that has not signed yet",
+                    do="wait for it, or choose another directory",
+                ) from None
+            if os.fstat(fd).st_nlink:  # a finished run may have removed the file that we locked
+                break
+            os.close(fd)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        self._lock_fd = fd
+
+    def load(self, known: set[str]) -> None:
+        """Claim the directory for the plan and read what an earlier run of it finished.
+
+        known   names of the files that the plan makes
+        raises  ForeignOutput if anything else lies there
+        """
+        stamp = os.path.join(self._work, "plan")
+        claimed = _read_if_there(stamp)
+        if claimed is not None and claimed != self._plan_sha256.encode():
+            raise ForeignOutput(
+                "this directory holds an unfinished conversion of another source or with other options",
+                expected=f"plan {self._plan_sha256[:16]}",
+                found=f"plan {claimed[:16].decode(errors='replace')}",
+                do="choose another directory, or remove this one",
+            )
+        strangers = sorted(
+            set(os.listdir(self.path)) - {WORK} - ({name.partition(os.sep)[0] for name in known} if claimed else set())
+        )
+        if strangers:
+            raise ForeignOutput(
+                "the output directory is not empty",
+                found=", ".join(map(repr, strangers[:3])) + (", ..." if len(strangers) > 3 else ""),
+                do="choose a new directory",
+            )
+        if claimed is None:
+            self.publish_bytes(os.path.join(WORK, "plan"), self._plan_sha256.encode(), journal=False)
+        self._journal_fd = os.open(
+            os.path.join(self._work, "journal"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666
+        )
+        self._read_journal(known)
+        self._remove_dead_temporaries()
+
+    def close(self) -> None:
+        for fd in (self._journal_fd, self._lock_fd, self._dir_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._journal_fd = self._lock_fd = self._dir_fd = -1
+
+    def finish(self, manifest: bytes) -> None:
+        """Publish the manifest: from here on the directory is complete. Then remove the work directory."""
+        self.publish_bytes(MANIFEST_NAME, manifest, journal=False)
+        self.clean()
+
+    def clean(self) -> None:
+        """Remove the work directory; what another living process left in it stays."""
+        with contextlib.suppress(OSError):
+            for name in os.listdir(self._work):
+                if not name.endswith(".part") and name != "lock":
+                    os.unlink(os.path.join(self._work, name))
+            os.unlink(os.path.join(self._work, "lock"))
+            os.rmdir(self._work)
+
+    # -- files
+
+    def new_file(self, name: str, size: int) -> FileSink:
+        """A file of exactly `size` bytes that appears under `name` when the `with` block ends well."""
+        return FileSink(self, name, size)
+
+    def publish_bytes(self, name: str, data: bytes, *, journal: bool = True) -> Receipt:
+        """Write a small file through the same protocol."""
+        with io_errors(name):
+            parent = os.path.dirname(name)
+            if parent:
+                os.makedirs(os.path.join(self.path, parent), exist_ok=True)
+            temporary = self._temporary(name)
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                try:
+                    view = memoryview(data)
+                    while view:
+                        view = view[os.write(fd, view) :]
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+                receipt = Receipt(name, len(data), hashlib.sha256(data).hexdigest(), {})
+                self._publish(temporary, receipt, journal=journal)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+        return receipt
+
+    def _publish(self, temporary: str, receipt: Receipt, *, journal: bool) -> None:
+        """rename, fsync the directory, then write down that it is done."""
+        os.rename(temporary, os.path.join(self.path, receipt.name))
+        _sync_directory(os.path.join(self.path, os.path.dirname(receipt.name)))
+        if journal:
+            line = json.dumps(list(receipt))
+            os.write(self._journal_fd, f"{zlib.crc32(line.encode()):08x} {line}\n".encode())
+            os.fsync(self._journal_fd)
+        self.finished[receipt.name] = receipt
+
+    def _temporary(self, name: str) -> str:
+        flat = name.replace(os.sep, "__")
+        return os.path.join(self._work, f"{flat}.{self._host}.{os.getpid()}.{secrets.token_hex(4)}.part")
+
+    def _read_journal(self, known: set[str]) -> None:
+        """A line counts if it is whole and its file is there with that size; a torn tail is cut off."""
+        data = _read_fd(self._journal_fd)
+        good = 0
+        for line in data.splitlines(keepends=True):
+            crc, _, text = line.rstrip(b"\n").partition(b" ")
+            if not line.endswith(b"\n") or crc != b"%08x" % zlib.crc32(text):
+                break
+            good += len(line)
+            receipt = Receipt(*json.loads(text))
+            if receipt.name in known and _size_of(os.path.join(self.path, receipt.name)) == receipt.size:
+                self.finished[receipt.name] = receipt
+        os.ftruncate(self._journal_fd, good)
+        os.lseek(self._journal_fd, 0, os.SEEK_END)
+
+    def _remove_dead_temporaries(self) -> None:
+        """Leftovers of a killed run on this host. Another host's, or a living process's, are left alone."""
+        for name in os.listdir(self._work):
+            parts = name.split(".")
+            if parts[-1] != "part" or len(parts) < 5 or parts[-4] != self._host or not parts[-3].isdecimal():
+                continue
+            if not _is_alive(int(parts[-3])):
+                os.unlink(os.path.join(self._work, name))
+
+
+@contextlib.contextmanager
+def open_outdir(path: str, plan_sha256: str, known: set[str]) -> Iterator[OutDir]:
+    """Create or resume an output directory. raises Busy, ForeignOutput, Environment"""
+    with io_errors("."):
+        os.makedirs(path, exist_ok=True)
+        out = OutDir(path, plan_sha256, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    try:
+        with io_errors(WORK):
+            out.lock()
+            out.load(known)
+        yield out
+    finally:
+        out.close()
+
+
+class FileSink:
+    """Streams one output file through reused aligned slabs; hashing and writing run beside the producer.
+
+    Direct I/O where the file system allows it, so that write-back neither throttles us nor evicts other people's
+    cache; elsewhere buffered, with each slab written back early and dropped.
+    """
+
+    def __init__(self, out: OutDir, name: str, size: int) -> None:
+        self._out = out
+        self._name = name
+        self._size = size
+        self._sha256 = hashlib.sha256()
+        self._written = 0
+        self._filled = 0
+        self.notes: dict[str, Any] = {}
+
+    def __enter__(self) -> FileSink:
+        with io_errors(self._name):
+            self._temporary = self._out._temporary(self._name)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._fd, self._direct = _open_direct(self._temporary, flags)
+            if self._direct and self._size:
+                os.posix_fallocate(self._fd, 0, self._size)
+        slab = min(_SLAB_BYTES, -(-self._size // _ALIGNMENT) * _ALIGNMENT)
+        self._slabs = [mmap.mmap(-1, max(slab, _ALIGNMENT)) for _ in range(_NUM_SLABS)]
+        self._pending: list[concurrent.futures.Future[None] | None] = [None] * _NUM_SLABS
+        self._current = 0
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        return self
+
+    def room(self) -> memoryview:
+        """What is left of the current slab, to be filled from its start."""
+        if self._filled == len(self._slabs[self._current]):
+            self._flush()
+        return memoryview(self._slabs[self._current])[self._filled :]
+
+    def advance(self, count: int) -> None:
+        """`count` bytes of `room` were filled."""
+        self._filled += count
+
+    def write(self, data: memoryview | bytes) -> None:
+        """Append a copy of `data`."""
+        view = memoryview(data)
+        while view:
+            room = self.room()
+            count = min(len(room), len(view))
+            room[:count] = view[:count]
+            self.advance(count)
+            view = view[count:]
+
+    def _flush(self) -> None:
+        """Hand the current slab to the writing thread and wait until the next one is free."""
+        slab, count, offset = self._slabs[self._current], self._filled, self._written
+        self._pending[self._current] = self._pool.submit(self._hash_and_write, slab, count, offset)
+        self._written += count
+        self._filled = 0
+        self._current = (self._current + 1) % _NUM_SLABS
+        waiting = self._pending[self._current]
+        if waiting is not None:
+            waiting.result()
+
+    def _hash_and_write(self, slab: mmap.mmap, count: int, offset: int) -> None:
+        whole = memoryview(slab)
+        self._sha256.update(whole[:count])
+        padded = -(-count // _ALIGNMENT) * _ALIGNMENT if self._direct else count
+        view = whole[:padded]
+        with io_errors(self._name):
+            done = 0
+            while done < padded:
+                done += os.pwrite(self._fd, view[done:], offset + done)
+            if not self._direct and hasattr(os, "posix_fadvise"):
+                # the first call starts write-back of this slab, the second drops the one before the last
+                os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_DONTNEED)
+                behind = max(0, offset - 2 * len(slab))
+                os.posix_fadvise(self._fd, behind, len(slab), os.POSIX_FADV_DONTNEED)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._publish()
+        finally:
+            self._discard()
+
+    def _publish(self) -> None:
+        if self._filled:
+            self._flush()
+        for waiting in self._pending:
+            if waiting is not None:
+                waiting.result()
+        with io_errors(self._name):
+            os.ftruncate(self._fd, self._written)
+            os.fsync(self._fd)
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+            if self._written != self._size:
+                raise Environment(
+                    "the file did not come out as planned",
+                    file=self._name,
+                    expected=f"{self._size:,} bytes",
+                    found=f"{self._written:,} bytes",
+                    do="please report this",
+                )
+            receipt = Receipt(self._name, self._written, self._sha256.hexdigest(), self.notes)
+            self._out._publish(self._temporary, receipt, journal=True)
+
+    def _discard(self) -> None:
+        """Release everything; a temporary file that was not published is removed."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        with contextlib.suppress(OSError):
+            if self._fd >= 0:
+                os.close(self._fd)
+        with contextlib.suppress(OSError):
+            os.unlink(self._temporary)
+
+
+def free_bytes(path: str) -> int:
+    """Free space, for us, of the file system that holds `path` or its nearest existing parent."""
+    path = os.path.abspath(path)
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    with io_errors("."):
+        status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
+
+
+def _open_direct(path: str, flags: int) -> tuple[int, bool]:
+    direct = getattr(os, "O_DIRECT", 0)
+    if direct:
+        try:
+            return os.open(path, flags | direct, 0o666), True
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            with contextlib.suppress(FileNotFoundError):  # some kernels create the file before they refuse
+                os.unlink(path)
+    return os.open(path, flags, 0o666), False
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _read_if_there(path: str) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4096)
+    except FileNotFoundError:
+        return None
+
+
+def _read_fd(fd: int) -> bytes:
+    return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
+def _size_of(path: str) -> int:
+    try:
+        return os.lstat(path).st_size
+    except FileNotFoundError:
+        return -1
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,353 @@
+"""Executes a Plan: read -> decode -> write, one worker per output shard.  The only module that sees all the others.
+
+Order comes from the plan, never from the disk, a dict or a thread: equal plans and sources give equal bytes for any
+number of workers.  Memory is bounded by workers x (slabs + one chunk), whatever the sizes of tensors and shards.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import __version__, codec, formats, outdir, strictjson
+from .errors import Interrupted, NoSpace, NotFinite, SourceChanged
+from .formats import INDEX_NAME, MANIFEST_NAME
+from .outdir import FileSink, OutDir, Receipt
+from .plan import Op, Plan, PlannedFile, PlannedTensor, Step, space_needed
+from .source import Checkpoint, Reader
+
+_CHUNK_VALUES = 1024 * 1024  # decoded at a time: fits the second-level cache together with its index
+_COPY_BYTES = 4 * 1024 * 1024
+_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Started:
+    """The work that lies ahead. `done_bytes` were finished by an earlier run."""
+
+    total_bytes: int
+    done_bytes: int
+    num_files: int
+    num_done: int
+
+
+@dataclass(frozen=True)
+class Wrote:
+    """More output bytes are on their way to the disk."""
+
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class FileDone:
+    """A file stands under its final name."""
+
+    receipt: Receipt
+
+
+Event = Started | Wrote | FileDone
+
+
+class StopFlag:
+    """Set from a signal handler; workers look at it once per chunk."""
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self._failed = threading.Event()
+
+    def fail(self) -> None:
+        """One worker failed: the others stop."""
+        self._failed.set()
+
+    def check(self) -> None:
+        """raises Interrupted"""
+        if self.signal_number or self._failed.is_set():
+            raise Interrupted(self.signal_number)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came of a run."""
+
+    files: tuple[Receipt, ...]
+    num_inexact: int  # values that BF16 could not hold exactly (F32 scales that are no powers of two)
+    num_not_finite: int  # NaN or infinities in tensors that --allow-nan names
+    num_resumed: int  # files that an earlier run had finished
+
+
+def execute(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    path: str,
+    *,
+    num_workers: int = 2,
+    on_event: Callable[[Event], None] = lambda event: None,
+    stop: StopFlag | None = None,
+) -> Summary:
+    """Carry out a plan into a directory, or continue where an earlier run of the same plan stopped.
+
+    on_event  called from worker threads
+    raises    NoSpace before the first byte if the output does not fit, Busy, ForeignOutput, SourceChanged, NotFinite,
+              Interrupted; finished files stay, temporary ones are removed
+    """
+    stop = stop or StopFlag()
+    complete = _already_complete(plan, path)
+    if complete is not None:
+        on_event(Started(plan.shard_bytes, plan.shard_bytes, len(plan.files), len(plan.files)))
+        return complete
+    known = {file.name for file in plan.files} | set(plan.written) | {name for name, _, _ in plan.copied}
+    with outdir.open_outdir(path, plan.sha256, known) as out:
+        done = [file for file in plan.files if file.name in out.finished]
+        waiting = [file for file in plan.files if file.name not in out.finished]
+        done_bytes = sum(file.size for file in done)
+        _require_space(path, plan.total_bytes - done_bytes)
+        on_event(Started(plan.shard_bytes, done_bytes, len(plan.files), len(done)))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # parallelism is across shards; a second layer of threads would fight it
+        try:
+            _run_jobs(waiting, checkpoint, plan, out, num_workers, on_event, stop)
+        finally:
+            torch.set_num_threads(threads)
+        _write_small(plan, checkpoint, out)
+        summary = _summarize(plan, out, len(done))
+        out.finish(strictjson.pretty(_manifest(plan, summary)))
+    return summary
+
+
+def _already_complete(plan: Plan, path: str) -> Summary | None:
+    """The summary of a finished output of the same plan; None if there is work to do."""
+    try:
+        with open(os.path.join(path, MANIFEST_NAME), "rb") as file:
+            manifest = strictjson.loads(file.read(formats.MAX_INDEX_BYTES), floats=False)
+        files = tuple(Receipt(row["file"], row["size"], row["sha256"], {}) for row in manifest["files"])
+        if manifest["plan_sha256"] != plan.sha256:
+            return None
+        if any(os.path.getsize(os.path.join(path, receipt.name)) != receipt.size for receipt in files):
+            return None
+        values = manifest["values"]
+        return Summary(files, values["not_exact"], values["not_finite"], len(plan.files))
+    except (OSError, strictjson.Malformed, KeyError, TypeError):
+        return None
+
+
+def _require_space(path: str, remaining: int) -> None:
+    needed, free = space_needed(remaining), outdir.free_bytes(path)
+    if free < needed:
+        raise NoSpace(
+            "not enough room for the output",
+            expected=f"{needed:,} bytes",
+            found=f"{free:,} bytes free",
+            do="make room or choose another disk; nothing was written",
+        )
+
+
+def _run_jobs(
+    files: list[PlannedFile],
+    checkpoint: Checkpoint,
+    plan: Plan,
+    out: OutDir,
+    num_workers: int,
+    on_event: Callable[[Event], None],
+    stop: StopFlag,
+) -> None:
+    def job(file: PlannedFile) -> None:
+        stop.check()
+        on_event(FileDone(_write_shard(file, checkpoint, plan, out, on_event, stop)))
+
+    with concurrent.futures.ThreadPoolExecutor(num_workers) as pool:
+        futures = [pool.submit(job, file) for file in files]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+        except BaseException:
+            stop.fail()
+            for future in futures:
+                future.cancel()
+            raise
+
+
+def _write_shard(
+    file: PlannedFile,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    out: OutDir,
+    on_event: Callable[[Event], None],
+    stop: StopFlag,
+) -> Receipt:
+    notes = {"not_exact": 0, "not_finite": 0}
+    with checkpoint.reader() as reader, out.new_file(file.name, file.size) as sink:
+        sink.notes = notes
+        sink.write(file.header)
+        worker = _Worker(reader, sink, plan.options.allow_nan, notes, on_event, stop)
+        for tensor in file.tensors:
+            for step in tensor.steps:
+                worker.carry_out(step, tensor)
+        reader.check_unchanged()  # before the file is published
+    return out.finished[file.name]
+
+
+class _Worker:
+    """Turns steps into bytes of one output file."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        sink: FileSink,
+        allow_nan: frozenset[str],
+        notes: dict[str, int],
+        on_event: Callable[[Event], None],
+        stop: StopFlag,
+    ) -> None:
+        self._reader, self._sink, self._allow_nan = reader, sink, allow_nan
+        self._notes, self._on_event, self._stop = notes, on_event, stop
+        self._codes = bytearray(0)
+
+    def carry_out(self, step: Step, tensor: PlannedTensor) -> None:
+        self._reader.will_need(step.source, step.begin * step.row_bytes, step.rows * step.row_bytes)
+        if step.op is Op.COPY:
+            self._copy(step, tensor)
+        else:
+            self._decode(step)
+
+    def _copy(self, step: Step, tensor: PlannedTensor) -> None:
+        """Stored bytes are output bytes: read straight into the slab."""
+        offset = step.begin * step.row_bytes
+        end = offset + step.rows * step.row_bytes
+        dtype = _FLOATS.get(tensor.dtype)
+        width = formats.DTYPE_BITS[tensor.dtype] // 8 or 1
+        while offset < end:
+            self._stop.check()
+            room = self._sink.room()
+            count = min(len(room) // width * width or 1, end - offset, _COPY_BYTES)
+            self._reader.read_into(step.source, room[:count], offset)
+            if dtype is not None and count % width == 0:
+                values = torch.frombuffer(bytearray(room[:count]), dtype=dtype)
+                self._note(step, values, codec.count_not_finite(values), offset // step.row_bytes)
+            self._sink.advance(count)
+            self._on_event(Wrote(count))
+            offset += count
+
+    def _decode(self, step: Step) -> None:
+        row_values = step.row_bytes * (2 if step.op is Op.FP4 else 1)
+        row = 0
+        while row < step.rows:
+            self._stop.check()
+            rows = _chunk_rows(row, step.rows, row_values, step.block.rows)
+            decoded = self._decode_rows(step, row, rows)
+            self._notes["not_exact"] += decoded.num_inexact
+            self._note(step, decoded.values, decoded.num_not_finite, row)
+            data = memoryview(decoded.values.view(-1).view(torch.uint8).numpy())
+            self._sink.write(data)
+            self._on_event(Wrote(len(data)))
+            row += rows
+
+    def _decode_rows(self, step: Step, row: int, rows: int) -> codec.Decoded:
+        codes = self._read(step.source, step.begin + row, rows, step.row_bytes)
+        block_row = row // step.block.rows
+        block_rows = formats.ceil_div(rows, step.block.rows)
+        if step.scale is None:
+            scales = codec.unit_scale(block_rows, formats.ceil_div(step.row_bytes, step.block.cols))
+        else:
+            scales = self._read(step.scale, step.scale_begin + block_row, block_rows, step.scale_row_bytes)
+            self._require_finite_scales(step, scales, block_row)
+        decode = codec.decode_fp4 if step.op is Op.FP4 else codec.decode_fp8
+        return decode(codes, scales.view(torch.float32) if step.scale_dtype == "F32" else scales, step.block)
+
+    def _read(self, name: str, first: int, rows: int, row_bytes: int) -> Tensor:
+        buffer = bytearray(rows * row_bytes)
+        self._reader.read_into(name, memoryview(buffer), first * row_bytes)
+        return torch.frombuffer(buffer, dtype=torch.uint8).view(rows, row_bytes)
+
+    def _require_finite_scales(self, step: Step, scales: Tensor, block_row: int) -> None:
+        if step.name in self._allow_nan:
+            return
+        bad = ~scales.view(torch.float32).isfinite() if step.scale_dtype == "F32" else scales == formats.E8M0_NAN
+        if bool(bad.any()):
+            at_row, at_col = bad.nonzero()[0].tolist()
+            raise NotFinite(
+                f"a scale of {step.name!r} is NaN or infinite",
+                file=str(step.scale),
+                found=f"block ({block_row + at_row}, {at_col}), {int(bad.sum())} in its rows",
+                do=f"download the shard again; to convert it as it is: --allow-nan {step.name}",
+            )
+
+    def _note(self, step: Step, values: Tensor, num_not_finite: int, first_row: int) -> None:
+        if not num_not_finite:
+            return
+        if step.name not in self._allow_nan:
+            position = int((~values.view(-1).isfinite()).nonzero()[0])
+            row, col = divmod(position, values.shape[-1]) if values.dim() > 1 else (0, position)
+            block = f", block ({(first_row + row) // step.block.rows}, {col // step.block.cols})"
+            raise NotFinite(
+                f"{step.name!r} holds NaN or infinite values",
+                file=step.source,
+                found=f"the first at row {first_row + row}, column {col}{block if step.op is not Op.COPY else ''}",
+                do=f"download the shard again; to convert it as it is: --allow-nan {step.name}",
+            )
+        self._notes["not_finite"] += num_not_finite
+
+
+def _chunk_rows(row: int, rows: int, row_values: int, block_rows: int) -> int:
+    """Rows to decode next: about _CHUNK_VALUES, whole tiles if they fit, else within one tile."""
+    most = max(1, _CHUNK_VALUES // row_values)
+    if most >= block_rows:
+        most -= most % block_rows
+    else:
+        most = min(most, block_rows - row % block_rows)
+    return min(most, rows - row)
+
+
+def _write_small(plan: Plan, checkpoint: Checkpoint, out: OutDir) -> None:
+    """Index, config and carried files, after all shards."""
+    for name, _, sha256 in plan.copied:
+        if name not in out.finished:
+            data = checkpoint.read_small(name)
+            receipt = out.publish_bytes(name, data)
+            if receipt.sha256 != sha256:
+                raise SourceChanged("this file changed while the command ran", file=name)
+    for name in sorted(plan.written, key=lambda name: name != INDEX_NAME):
+        if name not in out.finished:
+            out.publish_bytes(name, plan.written[name])
+
+
+def _summarize(plan: Plan, out: OutDir, num_resumed: int) -> Summary:
+    order = [*(file.name for file in plan.files), *plan.written, *(name for name, _, _ in plan.copied)]
+    receipts = tuple(out.finished[name] for name in sorted(order))
+    return Summary(
+        receipts,
+        sum(receipt.notes.get("not_exact", 0) for receipt in receipts),
+        sum(receipt.notes.get("not_finite", 0) for receipt in receipts),
+        num_resumed,
+    )
+
+
+def _manifest(plan: Plan, summary: Summary) -> dict[str, Any]:
+    """Nothing in it names a machine, a path, a user or a time: equal inputs give equal bytes."""
+    tensors = {file.name: len(file.tensors) for file in plan.files}
+    return {
+        "format": 1,
+        "tool": f"dsv4ckpt {__version__}",
+        "plan_sha256": plan.sha256,
+        "release": plan.release,
+        "options": plan.describe_options(),
+        "source": [{"file": n, "size": size, "header_sha256": sha256} for n, size, sha256 in plan.source],
+        "files": [
+            {"file": r.name, "size": r.size, "sha256": r.sha256, "tensors": tensors.get(r.name, 0)}
+            for r in summary.files
+        ],
+        "values": {
+            "unchanged_tensors": plan.num_unchanged,
+            "not_exact": summary.num_inexact,
+            "not_finite": summary.num_not_finite,
+        },
+        "opaque": list(plan.opaque),
+        "dropped": [{"name": d.name, "reason": d.reason, "size": d.size} for d in plan.dropped],
+        "left": [{"name": item.name, "reason": item.left} for item in plan.left],
+    }
