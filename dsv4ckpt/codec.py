@@ -25,9 +25,11 @@ _BF16_INF = 0x7F80
 class Decoded(NamedTuple):
     """Decoded values, and what a reader must be told about them."""
 
-    values: Tensor  # bfloat16 [R, C]
+    values: Tensor  # bfloat16 [R, C]; `out` where one was given
     num_not_finite: int  # NaN or infinity among the values
-    num_inexact: int  # values that bfloat16 could not hold exactly; for E8M0 scales 0 unless a byte is < 3 or > 246
+    num_inexact: (
+        int  # values that bfloat16 could not hold exactly; for E8M0 scales 0 unless a byte is < 3 or > 246
+    )
 
 
 def bf16_bits(values: Tensor) -> Tensor:
@@ -106,12 +108,13 @@ def _is_rounded(exact: Tensor, bits: Tensor) -> Tensor:
     return (held != exact) & ~exact.isnan()
 
 
-def decode_fp4(codes_RP: Tensor, scale_rc: Tensor, block: Block) -> Decoded:
+def decode_fp4(codes_RP: Tensor, scale_rc: Tensor, block: Block, out: Tensor | None = None) -> Decoded:
     """Unpack E2M1 pairs and multiply every block of one row by its scale.
 
     codes_RP  uint8 [R, C/2]; the low nibble is the even column
     scale_rc  uint8 [R, c], E8M0: byte b means 2**(b - 127), 255 means NaN
     block     1 x n, n even
+    out       where to put the values, bfloat16 [R, C], contiguous, at a multiple of 4 bytes; None: a new tensor
     returns   bfloat16 [R, C]; exact, -0 kept, infinity where 2**128 is passed (scale bytes 253 and 254)
     """
     rows, packed = codes_RP.shape
@@ -124,18 +127,19 @@ def decode_fp4(codes_RP: Tensor, scale_rc: Tensor, block: Block) -> Decoded:
     blocks += base_rc[:, : whole // per_block, None]
     if whole < packed:  # the last block of a row is cut off by the edge
         index[:, whole:] += base_rc[:, -1:]
-    pairs = torch.index_select(_fp4_table(), 0, index.view(-1))
-    values = pairs.view(torch.bfloat16).view(rows, 2 * packed)
+    values = torch.empty((rows, 2 * packed), dtype=torch.bfloat16) if out is None else out
+    torch.index_select(_fp4_table(), 0, index.view(-1), out=values.view(-1).view(torch.int32))
     # 6 * 2**(253 - 127) is the smallest product beyond bfloat16
     num_not_finite = _count_not_finite(values) if _highest(scale_rc) >= 253 else 0
     return Decoded(values, num_not_finite, 0)
 
 
-def decode_fp8(codes_RC: Tensor, scale_rc: Tensor, block: Block) -> Decoded:
+def decode_fp8(codes_RC: Tensor, scale_rc: Tensor, block: Block, out: Tensor | None = None) -> Decoded:
     """Multiply every tile of E4M3 codes by its scale.
 
     codes_RC  uint8 [R, C], E4M3FN codes
     scale_rc  uint8 [r, c] E8M0, or float32 [r, c]
+    out       where to put the values, bfloat16 [R, C], contiguous; None: a new tensor
     returns   bfloat16 [R, C]; the exact product rounded once to nearest even
     """
     rows, cols = codes_RC.shape
@@ -157,7 +161,8 @@ def decode_fp8(codes_RC: Tensor, scale_rc: Tensor, block: Block) -> Decoded:
     if whole < rows:  # the last tiles of a column are cut off by the edge
         index[whole:] += base_rC[-1:]
     flat = index.view(-1)
-    values = torch.index_select(table, 0, flat).view(torch.bfloat16).view(rows, cols)
+    values = torch.empty((rows, cols), dtype=torch.bfloat16) if out is None else out
+    torch.index_select(table, 0, flat, out=values.view(-1).view(torch.int16))
     rounded = bool(inexact.view(-1, 256)[base_rc.unique() >> 8].any())
     num_inexact = int(torch.index_select(inexact, 0, flat).sum()) if rounded else 0
     return Decoded(values, _count_not_finite(values), num_inexact)

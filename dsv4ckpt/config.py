@@ -173,7 +173,8 @@ def _with_v41(common: ModelConfig, text: _Fields) -> ModelConfig:
             "kv_sources": text.counts("kv_source_layer_ids", common.num_layers - 1),
             "index_sources": text.counts("index_source_layer_ids", common.num_layers - 1),
             "engram_rows": tuple(zip(layers, rows, strict=True)),
-            "engram_columns": (text.count("engram_max_ngram_size", 16) - 1) * text.count("engram_n_heads", 256),
+            "engram_columns": (text.count("engram_max_ngram_size", 16) - 1)
+            * text.count("engram_n_heads", 256),
             "engram_width": text.count("engram_head_dim", 2**14),
         }
     )
@@ -240,7 +241,8 @@ def _subset_v41(text: dict[str, Any], model: ModelConfig, layers: tuple[int, ...
         )
     text["kv_source_layer_ids"] = [layer for layer in model.kv_sources if layer in layers]
     text["index_source_layer_ids"] = [layer for layer in model.index_sources if layer in layers]
+    if text.get("candidate_source_layer_id") not in layers:
+        text["candidate_source_layer_id"] = -1  # no layer is left that would filter candidates
     tables = [(layer, rows) for layer, rows in model.engram_rows if layer in layers]
     text["engram_layer_ids"] = [layer for layer, _ in tables]
     text["engram_num_embeddings"] = [rows for _, rows in tables]
-

@@ -282,7 +282,9 @@ def lay_out(
     layout = Layout(storage, namespace, {}, {}, {}, {})
     for logical in logicals:
         match = table.match(logical.name)
-        assert match is not None, logical.name  # the tables of one release cover its inventory: held by a test
+        assert match is not None, (
+            logical.name
+        )  # the tables of one release cover its inventory: held by a test
         quant = layout.quant(logical)
         if quant is None:
             dtype = "BF16" if logical.kind in (_EXPERT, _DENSE, Kind.TABLE) else logical.kind.value
@@ -324,3 +326,16 @@ def _store(
         stored.parts.append(Part(logical, 0, rows))
     index[logical.name] = (place.name, place.index)
 
+
+def shard_groups(layout: Layout) -> list[list[Stored]]:
+    """Stored tensors that may share a shard, in the order of the releases: embedding, each layer, head, each stage."""
+    early: dict[str, list[Stored]] = {}
+    late: dict[str, list[Stored]] = {"head": []}
+    for stored in layout.stored.values():
+        head, _, rest = stored.parts[0].logical.name.partition(".")
+        number = rest.partition(".")[0]
+        if head in ("embed", "layers"):
+            early.setdefault(f"{head}.{number}" if head == "layers" else head, []).append(stored)
+        else:
+            late.setdefault(f"{head}.{number}" if head == "mtp" else "head", []).append(stored)
+    return [group for group in (*early.values(), *late.values()) if group]

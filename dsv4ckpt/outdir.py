@@ -111,7 +111,9 @@ class OutDir:
                 do="choose another directory, or remove this one",
             )
         strangers = sorted(
-            set(os.listdir(self.path)) - {WORK} - ({name.partition(os.sep)[0] for name in known} if claimed else set())
+            set(os.listdir(self.path))
+            - {WORK}
+            - ({name.partition(os.sep)[0] for name in known} if claimed else set())
         )
         if strangers:
             raise ForeignOutput(

@@ -18,7 +18,7 @@ from . import __version__, formats, shard, strictjson
 from . import config as configs
 from .errors import NotConform, Usage
 from .formats import CONFIG_NAME, INDEX_NAME, Block, Shape, Storage
-from .inventory import Layout, Logical, Stored, lay_out
+from .inventory import Logical, Stored, lay_out, shard_groups
 from .names import Namespace
 from .source import Checkpoint, SmallFile
 from .survey import Survey
@@ -95,7 +95,9 @@ class ConvertOptions:
     namespace: Namespace = Namespace.DEEPSEEK
     layers: tuple[int, ...] | None = None  # ascending source layers; None: all
     keep_mtp: bool = True
-    max_shard_bytes: int = 5 * 10**9  # Hub tools split here by default; one tensor may exceed it, alone in its shard
+    max_shard_bytes: int = (
+        5 * 10**9
+    )  # Hub tools split here by default; one tensor may exceed it, alone in its shard
     allow_nan: frozenset[str] = frozenset()  # released names of tensors whose NaN or infinities are accepted
     unit_scales: frozenset[str] = frozenset()  # released names of FP8 weights that are stored without scales
 
@@ -191,10 +193,9 @@ def make_plan(survey: Survey, options: ConvertOptions) -> Plan:
         options.namespace,
     )
     origin = {renamed.name: source for source, renamed in kept}
-    tensors = {stored.name: _planned(survey, stored, origin) for stored in target.stored.values()}
-    for name in survey.opaque:
-        tensors[name] = _carried(survey.checkpoint, name)
-    files = _split(_grouped(target, tensors, survey), options.max_shard_bytes)
+    groups = [[_planned(survey, stored, origin) for stored in group] for group in shard_groups(target)]
+    groups.append([_carried(survey.checkpoint, name) for name in survey.opaque])
+    files = _split(groups, options.max_shard_bytes)
     dropped = _dropped(survey, dropped_logicals)
     document = configs.for_subset(survey.document, layers, keep_mtp=options.keep_mtp)
     small = survey.checkpoint.small_files()
@@ -319,23 +320,6 @@ def _carried(checkpoint: Checkpoint, name: str) -> PlannedTensor:
     entry = checkpoint.tensors[name].entry
     step = Step(Op.COPY, name, name, 0, 1, entry.end - entry.begin)
     return PlannedTensor(name, entry.dtype, entry.shape, (step,))
-
-
-def _grouped(
-    target: Layout, tensors: dict[str, PlannedTensor], survey: Survey
-) -> list[list[PlannedTensor]]:
-    """Tensors that may share a shard, in the order of the release: embedding, each layer, head, each draft stage."""
-    groups: dict[str, list[PlannedTensor]] = {"embed": []}
-    late: dict[str, list[PlannedTensor]] = {"head": []}
-    for stored in target.stored.values():
-        head, _, rest = stored.parts[0].logical.name.partition(".")
-        number = rest.partition(".")[0]
-        if head in ("embed", "layers"):
-            groups.setdefault(f"{head}.{number}" if head == "layers" else head, []).append(tensors[stored.name])
-        else:
-            late.setdefault(f"{head}.{number}" if head == "mtp" else "head", []).append(tensors[stored.name])
-    late["opaque"] = [tensors[name] for name in survey.opaque]
-    return [group for group in (*groups.values(), *late.values()) if group]
 
 
 def _split(groups: list[list[PlannedTensor]], max_shard_bytes: int) -> tuple[PlannedFile, ...]:

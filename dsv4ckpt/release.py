@@ -43,7 +43,9 @@ RELEASES = {
         Release("v4.1-flash", inventory.V41_FAMILY, Storage.FP4_FP8_32, "deepseek-ai/DeepSeek-V4.1-Flash"),
     )
 }
-_PRO_SCALING = 2.5  # routed_scaling_factor; Flash has 1.5. Width-independent, so that it holds for cut-down models
+_PRO_SCALING = (
+    2.5  # routed_scaling_factor; Flash has 1.5. Width-independent, so that it holds for cut-down models
+)
 _BASE_COPY = "mtp.0.emb.tok_emb.weight"
 
 
@@ -77,13 +79,14 @@ def identify(
     return Identity(RELEASES[_name(document, model, seen, storage)], storage, namespace)
 
 
-def _name(
-    document: Mapping[str, Any], model: ModelConfig, seen: Mapping[str, Seen], storage: Storage
-) -> str:
+def _name(document: Mapping[str, Any], model: ModelConfig, seen: Mapping[str, Seen], storage: Storage) -> str:
     if model.model_type == configs.V41:
         return "v4.1-flash"
     size = "pro" if model.routed_scaling_factor == _PRO_SCALING else "flash"
-    if any(name.endswith(".bias_vl") or name.endswith("_bias_vl") for name in seen) or "vision_config" in document:
+    if (
+        any(name.endswith(".bias_vl") or name.endswith("_bias_vl") for name in seen)
+        or "vision_config" in document
+    ):
         return "vision-exp"
     if model.dspark_targets:
         return "pro-0813" if size == "pro" else "flash-0731"

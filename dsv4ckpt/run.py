@@ -193,6 +193,19 @@ def _write_shard(
     return out.finished[file.name]
 
 
+class _Scratch:
+    """A buffer that is reused from chunk to chunk: fresh pages cost more than the decoding."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray(0)
+
+    def take(self, size: int) -> memoryview:
+        """`size` bytes; what an earlier take returned must no longer be in use."""
+        if len(self._buffer) < size:
+            self._buffer = bytearray(size)
+        return memoryview(self._buffer)[:size]
+
+
 class _Worker:
     """Turns steps into bytes of one output file."""
 
@@ -207,7 +220,7 @@ class _Worker:
     ) -> None:
         self._reader, self._sink, self._allow_nan = reader, sink, allow_nan
         self._notes, self._on_event, self._stop = notes, on_event, stop
-        self._codes = bytearray(0)
+        self._codes, self._scales, self._values = _Scratch(), _Scratch(), _Scratch()
 
     def carry_out(self, step: Step, tensor: PlannedTensor) -> None:
         self._reader.will_need(step.source, step.begin * step.row_bytes, step.rows * step.row_bytes)
@@ -240,35 +253,42 @@ class _Worker:
         while row < step.rows:
             self._stop.check()
             rows = _chunk_rows(row, step.rows, row_values, step.block.rows)
-            decoded = self._decode_rows(step, row, rows)
+            data = self._values.take(rows * row_values * 2)
+            values = torch.frombuffer(data, dtype=torch.bfloat16).view(rows, row_values)
+            decoded = self._decode_rows(step, row, rows, values)
             self._notes["not_exact"] += decoded.num_inexact
-            self._note(step, decoded.values, decoded.num_not_finite, row)
-            data = memoryview(decoded.values.view(-1).view(torch.uint8).numpy())
+            self._note(step, values, decoded.num_not_finite, row)
             self._sink.write(data)
             self._on_event(Wrote(len(data)))
             row += rows
 
-    def _decode_rows(self, step: Step, row: int, rows: int) -> codec.Decoded:
-        codes = self._read(step.source, step.begin + row, rows, step.row_bytes)
+    def _decode_rows(self, step: Step, row: int, rows: int, out: Tensor) -> codec.Decoded:
+        codes = self._read(self._codes, step.source, step.begin + row, rows, step.row_bytes)
         block_row = row // step.block.rows
         block_rows = formats.ceil_div(rows, step.block.rows)
         if step.scale is None:
             scales = codec.unit_scale(block_rows, formats.ceil_div(step.row_bytes, step.block.cols))
         else:
-            scales = self._read(step.scale, step.scale_begin + block_row, block_rows, step.scale_row_bytes)
+            first = step.scale_begin + block_row
+            scales = self._read(self._scales, step.scale, first, block_rows, step.scale_row_bytes)
             self._require_finite_scales(step, scales, block_row)
         decode = codec.decode_fp4 if step.op is Op.FP4 else codec.decode_fp8
-        return decode(codes, scales.view(torch.float32) if step.scale_dtype == "F32" else scales, step.block)
+        scales = scales.view(torch.float32) if step.scale_dtype == "F32" else scales
+        return decode(codes, scales, step.block, out)
 
-    def _read(self, name: str, first: int, rows: int, row_bytes: int) -> Tensor:
-        buffer = bytearray(rows * row_bytes)
-        self._reader.read_into(name, memoryview(buffer), first * row_bytes)
-        return torch.frombuffer(buffer, dtype=torch.uint8).view(rows, row_bytes)
+    def _read(self, scratch: _Scratch, name: str, first: int, rows: int, row_bytes: int) -> Tensor:
+        data = scratch.take(rows * row_bytes)
+        self._reader.read_into(name, data, first * row_bytes)
+        return torch.frombuffer(data, dtype=torch.uint8).view(rows, row_bytes)
 
     def _require_finite_scales(self, step: Step, scales: Tensor, block_row: int) -> None:
         if step.name in self._allow_nan:
             return
-        bad = ~scales.view(torch.float32).isfinite() if step.scale_dtype == "F32" else scales == formats.E8M0_NAN
+        bad = (
+            ~scales.view(torch.float32).isfinite()
+            if step.scale_dtype == "F32"
+            else scales == formats.E8M0_NAN
+        )
         if bool(bad.any()):
             at_row, at_col = bad.nonzero()[0].tolist()
             raise NotFinite(

@@ -77,9 +77,14 @@ def parse_header(prefixed: bytes, file_size: int, file: str) -> Header:
     position = data_start
     for name, entry in found:  # H11
         if entry.begin != position:
-            problem = "overlaps what stands before it" if entry.begin < position else "leaves a hole before it"
+            problem = (
+                "overlaps what stands before it" if entry.begin < position else "leaves a hole before it"
+            )
             _refuse(
-                file, f"tensor {name!r} {problem}", expected=position - data_start, found=entry.begin - data_start
+                file,
+                f"tensor {name!r} {problem}",
+                expected=position - data_start,
+                found=entry.begin - data_start,
             )
         position = entry.end
     if position != file_size:
@@ -92,7 +97,9 @@ def _metadata(value: Any, file: str) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):  # H13
         _refuse(file, "__metadata__ is no map of strings")
     if sum(len(key) + len(text) for key, text in value.items()) > formats.MAX_METADATA_BYTES:
-        _refuse(file, "__metadata__ is too large", expected=f"at most {formats.MAX_METADATA_BYTES:,} characters")
+        _refuse(
+            file, "__metadata__ is too large", expected=f"at most {formats.MAX_METADATA_BYTES:,} characters"
+        )
     return value
 
 
@@ -134,12 +141,12 @@ def _refuse(file: str, what: str, *, expected: object = None, found: object = No
     )
 
 
-def encode_header(tensors: Iterable[tuple[str, str, Shape]], metadata: dict[str, str]) -> bytes:
+def encode_header(tensors: Iterable[tuple[str, str, Shape]], metadata: dict[str, str] | None = None) -> bytes:
     """Header bytes, length field included, of a file that holds (name, dtype, shape) in this order without holes.
 
     Keys keep the given order, blanks pad the data to a multiple of 8 bytes: equal arguments give equal bytes.
     """
-    document: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    document: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     position = 0
     for name, dtype, shape in tensors:
         end = position + formats.stored_bytes(dtype, shape)

@@ -72,7 +72,9 @@ class Checkpoint:
     has_index: bool = False
     shards: dict[str, Shard] = field(default_factory=dict)
     tensors: dict[str, Location] = field(default_factory=dict)
-    problems: list[BadIndex] = field(default_factory=list)  # index and headers disagree: fatal for every reader
+    problems: list[BadIndex] = field(
+        default_factory=list
+    )  # index and headers disagree: fatal for every reader
 
     @property
     def seen(self) -> dict[str, Seen]:
@@ -138,9 +140,7 @@ class Reader:
         """Tell the kernel to start reading a range of tensor `name`."""
         place = self._checkpoint.tensors[name]
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(
-                self._fd(place.shard), place.entry.begin + offset, size, os.POSIX_FADV_WILLNEED
-            )
+            os.posix_fadvise(self._fd(place.shard), place.entry.begin + offset, size, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self) -> None:
         """raises SourceChanged if a file that was read is no longer the planned one"""
@@ -232,7 +232,9 @@ def _read_optional(directory: str, name: str, most: int, follow_links: bool) -> 
         size = os.fstat(fd).st_size
         if size > most:
             kind = BadConfig if name == CONFIG_NAME else BadIndex
-            raise kind(f"{name} is too large", file=name, expected=f"at most {most:,} bytes", found=f"{size:,}")
+            raise kind(
+                f"{name} is too large", file=name, expected=f"at most {most:,} bytes", found=f"{size:,}"
+            )
         return shard.read_exactly(fd, size, 0, name)
 
 
@@ -286,7 +288,10 @@ def _compare_with_index(checkpoint: Checkpoint, weight_map: dict[str, str], stra
             found = f"it stands in {place.shard}" if place else "it stands in no shard"
             problems.append(
                 BadIndex(
-                    f"tensor {tensor[:200]!r} is not where the index says", file=INDEX_NAME, expected=name, found=found
+                    f"tensor {tensor[:200]!r} is not where the index says",
+                    file=INDEX_NAME,
+                    expected=name,
+                    found=found,
                 )
             )
     for tensor, place in checkpoint.tensors.items():
