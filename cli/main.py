@@ -1,0 +1,94 @@
+"""argv in, words out: the group `dsv4`, and the one place where errors become exit codes.
+
+Verbs are imported when they are called: --help, inspect and --dry-run must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import traceback
+from typing import NoReturn
+
+import click
+
+from dsv4ckpt import __version__
+from dsv4ckpt.errors import EXIT_SIGNAL, EXIT_USAGE, Dsv4Error
+
+from .words import style
+
+_VERBS = {
+    "sample": "Write a small random checkpoint in a released layout.",
+    "inspect": "Say what a checkpoint is, and what is wrong with it.",
+    "convert": "Convert a checkpoint: streamed, resumable, bit for bit.",
+    "verify": "Prove that a checkpoint is complete and right.",
+}
+_OUR_BUG = 70
+
+
+class _Verbs(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:  # noqa: ARG002
+        if name not in _VERBS:
+            return None
+        command: click.Command = importlib.import_module(f".{name}", __package__).command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in _VERBS and not args[0].startswith("-"):
+            raise click.UsageError(f"there is no verb {args[0]!r}; the verbs are {', '.join(_VERBS)}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(_VERBS.items()))
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="dsv4", message="%(prog)s %(version)s")
+def dsv4() -> None:
+    """DeepSeek-V4 checkpoints: convert, verify, and prove it.
+
+    \b
+    A first round, all on this machine:
+      dsv4 sample demo/flash
+      dsv4 inspect demo/flash
+      dsv4 convert demo/flash demo/bf16 --to bf16
+      dsv4 verify demo/flash demo/bf16 --level values
+    """
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run the command and exit with its code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        sys.exit(dsv4.main(args=arguments, prog_name="dsv4", standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EXIT_USAGE)
+    except Dsv4Error as error:
+        _tell(error, as_json="--json" in arguments)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(EXIT_SIGNAL + 2)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader went away; nothing is left to say
+        sys.exit(EXIT_SIGNAL + 13)
+    except Exception as error:  # noqa: BLE001 - the last line: whatever gets here is our bug
+        if "-v" in arguments or "--verbose" in arguments:
+            traceback.print_exc()
+        click.echo(f"dsv4: internal error: {type(error).__name__}: {error}", err=True)
+        click.echo("    do        please report this; -v prints where it happened", err=True)
+        sys.exit(_OUR_BUG)
+
+
+def _tell(error: Dsv4Error, *, as_json: bool) -> None:
+    kind = type(error).__name__
+    click.echo(f"{style(kind, sys.stderr, fg='red', bold=True)}: {error}", err=True)
+    if as_json:
+        click.echo(json.dumps({"error": {"class": kind, "what": error.what, **error.facts}}, indent=2))
