@@ -67,6 +67,8 @@ class OutDir:
         self._host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
         self._journal_fd = -1
         self._lock_fd = -1
+        self._is_new = False  # no earlier run claimed the directory
+        self.made_directory = False
         self.finished: dict[str, Receipt] = {}
 
     # -- life
@@ -103,6 +105,7 @@ class OutDir:
         """
         stamp = os.path.join(self._work, "plan")
         claimed = _read_if_there(stamp)
+        self._is_new = claimed is None
         if claimed is not None and claimed != self._plan_sha256.encode():
             raise ForeignOutput(
                 "this directory holds an unfinished conversion of another source or with other options",
@@ -139,6 +142,14 @@ class OutDir:
         """Publish the manifest: from here on the directory is complete. Then remove the work directory."""
         self.publish_bytes(MANIFEST_NAME, manifest, journal=False)
         self.clean()
+
+    def abandon(self) -> None:
+        """After an error: if nothing of this plan was finished, or by another run begun, leave no trace."""
+        if self._is_new and not self.finished:
+            self.clean()
+            if self.made_directory:
+                with contextlib.suppress(OSError):
+                    os.rmdir(self.path)
 
     def clean(self) -> None:
         """Remove the work directory; what another living process left in it stays."""
@@ -187,7 +198,7 @@ class OutDir:
             line = json.dumps(list(receipt))
             os.write(self._journal_fd, f"{zlib.crc32(line.encode()):08x} {line}\n".encode())
             os.fsync(self._journal_fd)
-        self.finished[receipt.name] = receipt
+            self.finished[receipt.name] = receipt
 
     def _temporary(self, name: str) -> str:
         flat = name.replace(os.sep, "__")
@@ -222,13 +233,18 @@ class OutDir:
 def open_outdir(path: str, plan_sha256: str, known: set[str]) -> Iterator[OutDir]:
     """Create or resume an output directory. raises Busy, ForeignOutput, Environment"""
     with io_errors("."):
+        existed = os.path.isdir(path)
         os.makedirs(path, exist_ok=True)
         out = OutDir(path, plan_sha256, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        out.made_directory = not existed
     try:
         with io_errors(WORK):
             out.lock()
             out.load(known)
         yield out
+    except BaseException:
+        out.abandon()
+        raise
     finally:
         out.close()
 

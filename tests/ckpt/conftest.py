@@ -1,0 +1,53 @@
+"""Samples that several tests read; nobody writes into them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dsv4ckpt import plan, run, sample, source, survey
+from dsv4ckpt.plan import ConvertOptions
+
+
+@pytest.fixture(scope="session")
+def sample_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a release's tiny sample."""
+    made: dict[str, Path] = {}
+
+    def directory(release: str) -> Path:
+        if release not in made:
+            made[release] = tmp_path_factory.mktemp("samples") / release
+            sample.write_sample(sample.plan_sample(sample.SampleOptions(release=release)), str(made[release]))
+        return made[release]
+
+    return directory
+
+
+def convert_to(src: Path, dst: Path, *, workers: int = 2, **options: object) -> run.Summary:
+    """Survey, plan, execute."""
+    checkpoint = source.open_checkpoint(str(src))
+    chosen = ConvertOptions(**options)  # type: ignore[arg-type]
+    made = plan.make_plan(survey.survey(checkpoint, unit_scales=chosen.unit_scales), chosen)
+    return run.execute(made, checkpoint, str(dst), num_workers=workers)
+
+
+@pytest.fixture(scope="session")
+def convert() -> Callable[..., run.Summary]:
+    return convert_to
+
+
+def tree(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file below a directory."""
+    return {
+        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+    }
+
+
+@pytest.fixture(scope="session")
+def tree_of() -> Callable[[Path], dict[str, str]]:
+    return tree
