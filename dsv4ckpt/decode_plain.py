@@ -1,7 +1,8 @@
 """Codes and scales -> floats a second time, by plain float arithmetic; and how far two tensors are apart.
 
-The other opinion of `dsv4 verify`: shares neither code nor method with codec.py, so that a mistake there cannot hide
-itself.  A code becomes a float32, the product with its scale is rounded to bfloat16 once.  Knows no names, no files.
+The other opinion of `dsv4 verify`: shares neither code nor method with codec.py, so that no mistake there can
+hide.  A code becomes a float32, its product with the scale is rounded to bfloat16 once.  Knows no names or
+files.
 Source: OCP MX v1.0 sec. 5.3-5.4 (E2M1, E8M0), OCP FP8 (E4M3), as torch casts them.
 """
 
@@ -41,29 +42,32 @@ class Rows(NamedTuple):
 class Difference(NamedTuple):
     """Where two equally shaped tensors part.
 
-    `distance` counts steps in the order of the patterns of `unit`: neighbours are 1 apart, so are -0 and +0, and NaN lies
-    beyond infinity. It is 0 where values differ by less than a bfloat16 can tell.
+    `distance` counts steps in the order of the patterns of `unit`: neighbours are 1 apart, so are -0 and +0,
+    NaN is beyond infinity. It is 0 where values differ by less than a bfloat16 can tell.
     """
 
     num_values: int
     distance: int  # the largest
     unit: str
-    index: int  # of the first different value, row by row
+    position: int  # of the first different value, row by row
     a: str
     b: str
 
 
-def same_bytes(a: Bytes, b: Bytes) -> bool:
-    """Whether two buffers of one length hold the same."""
-    return not len(a) or _equal(torch.frombuffer(a, dtype=torch.uint8), torch.frombuffer(b, dtype=torch.uint8))
+def same_bytes(a: Rows, b: Rows) -> bool:
+    """Whether two sets of rows, stored the same way, hold the same bytes, scales included."""
+    both = [(a.data, b.data)]
+    if a.scales is not None and b.scales is not None:
+        both.append((a.scales, b.scales))
+    return all(_equal(_raw(x), _raw(y)) for x, y in both)
 
 
 def compare(a: Rows, b: Rows) -> Difference | None:
     """Compare equally many values; None if all are the same.
 
-    Two plain tensors are of one dtype and are compared by their patterns.  With codes on one side the other holds BF16
-    or codes too: what codes mean is rounded to bfloat16, and any NaN equals any NaN.  With codes on both sides nothing is
-    rounded.
+    Two plain tensors have one dtype and are compared by their patterns.  Where one side holds codes the other
+    holds BF16 or codes: what codes mean is rounded to bfloat16, and NaN equals NaN.  Two sets of codes are
+    not rounded.
     """
     if a.quant is None and b.quant is None:
         return _compare_plain(a, b)
@@ -77,8 +81,9 @@ def compare(a: Rows, b: Rows) -> Difference | None:
 def decode(rows: Rows) -> Tensor:
     """bfloat16 [R, C]: code times scale, the exact product rounded once, to nearest even.
 
-    With E8M0 scales the float32 product is exact, subnormals included.  With F32 scales it is rounded already, and
-    rounding it again errs only where it came to lie midway between two bfloat16 numbers: those few are done in float64.
+    With E8M0 scales the float32 product is exact, subnormals included.  With F32 scales it is rounded, and
+    rounding it again errs only where it came to lie midway between two bfloat16 numbers: those few are done
+    anew.
     """
     if rows.quant is None:
         return torch.frombuffer(rows.data, dtype=torch.bfloat16).view(rows.num_rows, -1)
@@ -106,8 +111,8 @@ def decode_exact(rows: Rows) -> Tensor:
 def round_once(exact: Tensor) -> Tensor:
     """float64 -> bfloat16, to nearest even.
 
-    A cast goes through float32 and rounds twice.  Here the step to float32 rounds to odd: towards zero, with the last bit
-    set if anything was cut off.  With 16 bits more than bfloat16 such a number lies midway only if the exact one does.
+    A cast goes through float32 and rounds twice.  Here the step to float32 rounds to odd: towards zero, its
+    last bit set if anything was cut off.  It lies midway between two bfloat16 numbers only if `exact` does.
     """
     near = exact.to(torch.float32)
     bits = near.view(torch.int32)
@@ -139,7 +144,7 @@ def _e4m3_values() -> Tensor:
 
 def _codes(rows: Rows) -> Tensor:
     """float32 [R, C]: what the codes mean without their scales."""
-    index = torch.frombuffer(rows.data, dtype=torch.uint8).to(torch.int32)
+    index = _raw(rows.data).to(torch.int32)
     if rows.quant and rows.quant.codes_per_element == 2:
         pairs = _e2m1_pairs().view(torch.int64).view(-1)  # a pair is looked up as one word
         return torch.index_select(pairs, 0, index).view(torch.float32).view(rows.num_rows, -1)
@@ -160,8 +165,9 @@ def _product(codes_RC: Tensor, scale_Rc: Tensor, block_cols: int) -> Tensor:
     whole = codes_RC.shape[1] // block_cols
     edge = whole * block_cols
     product_RC = torch.empty_like(codes_RC)
-    blocks = codes_RC[:, :edge].unflatten(1, (whole, block_cols))
-    torch.mul(blocks, scale_Rc[:, :whole, None], out=product_RC[:, :edge].unflatten(1, (whole, block_cols)))
+    blocks = torch.unflatten(codes_RC[:, :edge], 1, (whole, block_cols))
+    products = torch.unflatten(product_RC[:, :edge], 1, (whole, block_cols))
+    torch.mul(blocks, scale_Rc[:, :whole, None], out=products)
     if edge < codes_RC.shape[1]:
         torch.mul(codes_RC[:, edge:], scale_Rc[:, whole:], out=product_RC[:, edge:])
     return product_RC
@@ -173,7 +179,7 @@ def _fits_bf16(rows: Rows) -> bool:
         return True
     if rows.quant is None or rows.quant.scale == "F32":
         return False
-    least, most = torch.frombuffer(rows.scales, dtype=torch.uint8).aminmax()
+    least, most = _raw(rows.scales).aminmax()
     return int(least) >= _LEAST_EXACT and int(most) <= _MOST_EXACT
 
 
@@ -217,8 +223,13 @@ def _rank(values: Tensor) -> Tensor:
     if not values.dtype.is_floating_point:
         return pattern.to(torch.int64)
     bits = 8 * pattern.element_size()
-    negative = pattern >> (bits - 1)  # all bits set, or none
-    return (pattern ^ (negative & (2 ** (bits - 1) - 1))).to(torch.int64)
+    magnitude = 2 ** (bits - 1) - 1
+    rank: Tensor = pattern ^ ((pattern >> (bits - 1)) & magnitude)
+    return rank.to(torch.int64)
+
+
+def _raw(data: Bytes) -> Tensor:
+    return torch.frombuffer(data, dtype=torch.uint8)
 
 
 def _pattern(values: Tensor) -> Tensor:

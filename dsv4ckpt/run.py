@@ -252,17 +252,24 @@ class _Worker:
         row = 0
         while row < step.rows:
             self._stop.check()
-            rows = _chunk_rows(row, step.rows, row_values, step.block.rows)
-            data = self._values.take(rows * row_values * 2)
+            room = self._sink.room()
+            fitting = len(room) // (2 * row_values)
+            direct = fitting > 0 and _is_aligned(room)
+            rows = _chunk_rows(row, step.rows, row_values, step.block.rows, fitting if direct else 1)
+            size = 2 * row_values * rows
+            data = room[:size] if direct else self._values.take(size)
             values = torch.frombuffer(data, dtype=torch.bfloat16).view(rows, row_values)
-            decoded = self._decode_rows(step, row, rows, values)
-            self._notes["not_exact"] += decoded.num_inexact
-            self._note(step, values, decoded.num_not_finite, row)
-            self._sink.write(data)
-            self._on_event(Wrote(len(data)))
+            self._decode_rows(step, row, values)
+            if direct:
+                self._sink.advance(size)
+            else:  # a row that crosses the end of the slab
+                self._sink.write(data)
+            self._on_event(Wrote(size))
             row += rows
 
-    def _decode_rows(self, step: Step, row: int, rows: int, out: Tensor) -> codec.Decoded:
+    def _decode_rows(self, step: Step, row: int, out: Tensor) -> None:
+        """Rows [row, row + len(out)) of the step into `out`. raises NotFinite"""
+        rows = out.shape[0]
         codes = self._read(self._codes, step.source, step.begin + row, rows, step.row_bytes)
         block_row = row // step.block.rows
         block_rows = formats.ceil_div(rows, step.block.rows)
@@ -271,10 +278,13 @@ class _Worker:
         else:
             first = step.scale_begin + block_row
             scales = self._read(self._scales, step.scale, first, block_rows, step.scale_row_bytes)
-            self._require_finite_scales(step, scales, block_row)
+            scales = scales.view(torch.float32) if step.scale_dtype == "F32" else scales
         decode = codec.decode_fp4 if step.op is Op.FP4 else codec.decode_fp8
-        scales = scales.view(torch.float32) if step.scale_dtype == "F32" else scales
-        return decode(codes, scales, step.block, out)
+        decoded = decode(codes, scales, step.block, out)
+        self._notes["not_exact"] += decoded.num_inexact
+        if decoded.num_not_finite:
+            self._require_finite_scales(step, scales, block_row)
+            self._note(step, out, decoded.num_not_finite, row)
 
     def _read(self, scratch: _Scratch, name: str, first: int, rows: int, row_bytes: int) -> Tensor:
         data = scratch.take(rows * row_bytes)
@@ -314,14 +324,18 @@ class _Worker:
         self._notes["not_finite"] += num_not_finite
 
 
-def _chunk_rows(row: int, rows: int, row_values: int, block_rows: int) -> int:
-    """Rows to decode next: about _CHUNK_VALUES, whole tiles if they fit, else within one tile."""
-    most = max(1, _CHUNK_VALUES // row_values)
-    if most >= block_rows:
-        most -= most % block_rows
-    else:
-        most = min(most, block_rows - row % block_rows)
-    return min(most, rows - row)
+def _chunk_rows(row: int, rows: int, row_values: int, block_rows: int, most: int) -> int:
+    """Rows to decode next: about _CHUNK_VALUES and at most `most`; whole tiles, or rows within one tile."""
+    most = min(most, max(1, _CHUNK_VALUES // row_values), rows - row)
+    into = row % block_rows
+    if into or most < block_rows:
+        return min(most, block_rows - into)
+    return most if most == rows - row else most - most % block_rows
+
+
+def _is_aligned(room: memoryview) -> bool:
+    """Whether pairs of bfloat16 can be stored there as one 32-bit word."""
+    return torch.frombuffer(room, dtype=torch.uint8).data_ptr() % 4 == 0
 
 
 def _write_small(plan: Plan, checkpoint: Checkpoint, out: OutDir) -> None:
