@@ -21,7 +21,9 @@ from .words import Console, LayerList, Size, human, plural, spans, table
 @click.command("convert")
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path())
-@click.option("--to", "target", type=click.Choice([Storage.BF16.value]), required=True, help="Storage format of DST.")
+@click.option(
+    "--to", "target", type=click.Choice([Storage.BF16.value]), required=True, help="Storage format of DST."
+)
 @click.option(
     "--names",
     "namespace",
@@ -30,13 +32,32 @@ from .words import Console, LayerList, Size, human, plural, spans, table
     show_default=True,
     help="What tensors are called in DST. transformers: its v5 parameter names, experts fused.",
 )
-@click.option("--layers", type=LayerList(), metavar="0-3", help="Only these layers, renumbered: a smaller model that runs.")
-@click.option("--mtp", type=click.Choice(["keep", "drop"]), default="keep", show_default=True, help="MTP or DSpark stages.")
+@click.option(
+    "--layers",
+    type=LayerList(),
+    metavar="0-3",
+    help="Only these layers, renumbered: a smaller model that runs.",
+)
+@click.option(
+    "--mtp",
+    type=click.Choice(["keep", "drop"]),
+    default="keep",
+    show_default=True,
+    help="MTP or DSpark stages.",
+)
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, metavar="SIZE")
-@click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Shards at a time; never changes bytes.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 64),
+    default=2,
+    show_default=True,
+    help="Shards at a time; never changes bytes.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, from headers only.")
 @click.option("--allow-nan", multiple=True, metavar="NAME", help="Accept NaN and infinities in this tensor.")
-@click.option("--unit-scale", multiple=True, metavar="NAME", help="This FP8 weight has no scales: take them as 1.")
+@click.option(
+    "--unit-scale", multiple=True, metavar="NAME", help="This FP8 weight has no scales: take them as 1."
+)
 @follow_links_option
 @common_options
 def command(
@@ -91,7 +112,9 @@ def _dry_run(made: Plan, dst: str, console: Console) -> int:
     left = [{"name": item.name, "reason": item.left} for item in made.left]
     console.document({**document, "left": left, "space": {"needed": needed, "free": free}})
     if free < needed:
-        raise NoSpace("not enough room for the output", expected=f"{needed:,} bytes", found=f"{free:,} bytes free")
+        raise NoSpace(
+            "not enough room for the output", expected=f"{needed:,} bytes", found=f"{free:,} bytes free"
+        )
     console.say("nothing was written: this was a dry run")
     return EXIT_OK
 
@@ -108,7 +131,9 @@ def _say_plan(made: Plan, console: Console, *, files: bool) -> None:
         size = sum(item.size for item in made.dropped if item.reason == reason)
         console.say(f"  left out  {plural(count, 'tensor')}, {human(size)}, by {reason}")
     if made.opaque:
-        console.say(f"  opaque    {plural(len(made.opaque), 'tensor')} of the vision side, carried as they are")
+        console.say(
+            f"  opaque    {plural(len(made.opaque), 'tensor')} of the vision side, carried as they are"
+        )
     if made.copied:
         console.say(f"  carried   {', '.join(name for name, _, _ in made.copied)}")
     for item in made.left:
@@ -120,7 +145,9 @@ def _say_plan(made: Plan, console: Console, *, files: bool) -> None:
         console.say(table(rows))
 
 
-def _carry_out(made: Plan, checkpoint: source.Checkpoint, src: str, dst: str, workers: int, console: Console) -> int:
+def _carry_out(
+    made: Plan, checkpoint: source.Checkpoint, src: str, dst: str, workers: int, console: Console
+) -> int:
     from dsv4ckpt import run  # brings torch
 
     _say_plan(made, console, files=console.verbose)
@@ -138,12 +165,18 @@ def _carry_out(made: Plan, checkpoint: source.Checkpoint, src: str, dst: str, wo
     if summary.num_resumed == len(made.files):
         console.say(f"{dst} was complete already: nothing to do")
     else:
-        kept = f"; {plural(summary.num_resumed, 'shard')} kept from the run before" if summary.num_resumed else ""
+        kept = (
+            f"; {plural(summary.num_resumed, 'shard')} kept from the run before"
+            if summary.num_resumed
+            else ""
+        )
         console.say(f"done in {progress.seconds:.1f} s, {human(progress.rate)}/s{kept}")
     if summary.num_inexact:
         console.say(f"{summary.num_inexact:,} values were rounded: their F32 scales are no powers of two")
     if summary.num_not_finite:
-        console.say(f"{summary.num_not_finite:,} values are NaN or infinite, in tensors that --allow-nan names")
+        console.say(
+            f"{summary.num_not_finite:,} values are NaN or infinite, in tensors that --allow-nan names"
+        )
     console.say(f"next: dsv4 verify {src} {dst} --level values")
     return EXIT_OK
 

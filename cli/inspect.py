@@ -20,7 +20,9 @@ _SHOWN = 20  # deviations; --json lists all
 
 @click.command("inspect")
 @click.argument("src", type=click.Path())
-@click.option("--tensors", "pattern", is_flag=False, flag_value="*", metavar="[GLOB]", help="List the tensors.")
+@click.option(
+    "--tensors", "pattern", is_flag=False, flag_value="*", metavar="[GLOB]", help="List the tensors."
+)
 @follow_links_option
 @common_options
 def command(src: str, pattern: str | None, follow_links: bool, console: Console) -> int:
@@ -51,9 +53,13 @@ def _single_file(checkpoint: source.Checkpoint, pattern: str, console: Console) 
     (shard,) = checkpoint.shards.values()
     what = f"{plural(len(checkpoint.tensors), 'tensor')}, {human(shard.stamp.size)}"
     console.say(f"{shard.name}: one safetensors file, {what}", bold=True)
-    console.say("the inventory needs the whole directory with its config.json; the file itself is well formed\n")
+    console.say(
+        "the inventory needs the whole directory with its config.json; the file itself is well formed\n"
+    )
     listed = _list_tensors(checkpoint, pattern, console)
-    console.document({"file": shard.name, "bytes": shard.stamp.size, "metadata": shard.header.metadata, "listed": listed})
+    console.document(
+        {"file": shard.name, "bytes": shard.stamp.size, "metadata": shard.header.metadata, "listed": listed}
+    )
 
 
 def _list_tensors(checkpoint: source.Checkpoint, pattern: str, console: Console) -> list[dict[str, Any]]:
@@ -64,9 +70,17 @@ def _list_tensors(checkpoint: source.Checkpoint, pattern: str, console: Console)
             continue
         entry = place.entry
         listed.append(
-            {"name": name, "dtype": entry.dtype, "shape": list(entry.shape), "bytes": entry.end - entry.begin, "file": place.shard}
+            {
+                "name": name,
+                "dtype": entry.dtype,
+                "shape": list(entry.shape),
+                "bytes": entry.end - entry.begin,
+                "file": place.shard,
+            }
         )
-        rows.append((name, f"{entry.end - entry.begin:,}", entry.dtype, "x".join(map(str, entry.shape)) or "scalar"))
+        rows.append(
+            (name, f"{entry.end - entry.begin:,}", entry.dtype, "x".join(map(str, entry.shape)) or "scalar")
+        )
     console.say(table(rows) if listed else f"no tensor matches {pattern!r}")
     return listed
 
@@ -102,13 +116,19 @@ def _draft(found: Survey) -> str:
 
 def _say(found: Survey, console: Console) -> None:
     identity, model, checkpoint = found.identity, found.model, found.checkpoint
-    console.say(f"{identity.release.name}, stored as {identity.storage}, {identity.namespace} names", bold=True)
+    console.say(
+        f"{identity.release.name}, stored as {identity.storage}, {identity.namespace} names", bold=True
+    )
     kinds = ", ".join(f"{count} {kind}" for kind, count in survey.attention_kinds(model).items())
-    hashed = f", hash routing in layers {spans(range(model.num_hash_layers))}" if model.num_hash_layers else ""
+    hashed = (
+        f", hash routing in layers {spans(range(model.num_hash_layers))}" if model.num_hash_layers else ""
+    )
     total = checkpoint.total_size
     console.say(f"  layout    {identity.release.repository}")
     console.say(f"  layers    {model.num_layers}: {kinds}")
-    console.say(f"  experts   {model.num_experts} per layer, {model.experts_per_token} at work, 1 shared{hashed}")
+    console.say(
+        f"  experts   {model.num_experts} per layer, {model.experts_per_token} at work, 1 shared{hashed}"
+    )
     console.say(f"  draft     {_draft(found)}")
     shards = plural(len(checkpoint.shards), "shard")
     console.say(f"  tensors   {len(checkpoint.tensors):,} in {shards}, {total:,} bytes ({human(total)})")
@@ -130,7 +150,10 @@ def _say_deviations(found: Survey, console: Console) -> None:
     problems = [problem.what + (f" ({problem.facts['file']})" if "file" in problem.facts else "")
                 for problem in found.checkpoint.problems]  # fmt: skip
     for item in found.deviations:
-        facts = [f"expected {item.expected}" if item.expected else "", f"found {item.found}" if item.found else ""]
+        facts = [
+            f"expected {item.expected}" if item.expected else "",
+            f"found {item.found}" if item.found else "",
+        ]
         where = f" ({item.file})" if item.file else ""
         problems.append("; ".join([item.sentence() + where, *filter(None, facts)]))
     if not problems:
@@ -150,7 +173,9 @@ def _notes(found: Survey) -> list[str]:
         says = "nothing" if checkpoint.index_total is None else f"{checkpoint.index_total:,}"
         notes.append(f"total_size in the index is {says}, the tensors have {checkpoint.total_size:,} bytes")
     if found.opaque:
-        notes.append(f"{plural(len(found.opaque), 'tensor')} of the vision side are carried without being interpreted")
+        notes.append(
+            f"{plural(len(found.opaque), 'tensor')} of the vision side are carried without being interpreted"
+        )
     return notes
 
 

@@ -21,7 +21,9 @@ from .words import Console, Size, human, plural
 @click.option("--heads", type=click.IntRange(2), help="Attention heads.  [default: 4]")
 @click.option("--vocab", type=click.IntRange(512), help="Vocabulary size.  [default: 512]")
 @click.option("--target-size", type=Size(), help="Grow the sizes until the checkpoint is about this large.")
-@click.option("--release-dims", is_flag=True, help="The release's true tensor shapes; choose --layers with it.")
+@click.option(
+    "--release-dims", is_flag=True, help="The release's true tensor shapes; choose --layers with it."
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @common_options
 def command(
@@ -51,10 +53,18 @@ def command(
     """
     from dsv4ckpt import sample as samples
 
-    sizes = {"--hidden": hidden, "--intermediate": intermediate, "--experts": experts, "--heads": heads, "--vocab": vocab}
+    sizes = {
+        "--hidden": hidden,
+        "--intermediate": intermediate,
+        "--experts": experts,
+        "--heads": heads,
+        "--vocab": vocab,
+    }
     given = [flag for flag, value in sizes.items() if value is not None]
     if release_dims and (given or target_size):
-        raise click.UsageError(f"--release-dims fixes every size but --layers; leave out {given or '--target-size'}")
+        raise click.UsageError(
+            f"--release-dims fixes every size but --layers; leave out {given or '--target-size'}"
+        )
     sample = samples.plan_sample(
         samples.SampleOptions(
             release=release,

@@ -37,7 +37,9 @@ class LayerList(click.ParamType[tuple[int, ...]]):
 
     name = "layers"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
         if isinstance(value, tuple):
             return value
         chosen: set[int] = set()
@@ -54,7 +56,9 @@ class Subset(click.ParamType[tuple[int, int]]):
 
     name = "n/t"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
         if isinstance(value, tuple):
             return value
         match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", value)
