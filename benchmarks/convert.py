@@ -62,7 +62,11 @@ def read_then_write(source: Path, size: int, target: Path) -> None:
     """The same bytes in and the same number of bytes out, with nothing in between."""
     target.mkdir()
     files = " ".join(str(file) for file in shards(source))
-    run("bash", "-c", f"cat {files} > /dev/null && head -c {size} /dev/zero > {target}/zeros && sync -f {target}")
+    run(
+        "bash",
+        "-c",
+        f"cat {files} > /dev/null && head -c {size} /dev/zero > {target}/zeros && sync -f {target}",
+    )
 
 
 def naive(source: Path, target: Path) -> None:
@@ -82,7 +86,9 @@ def naive(source: Path, target: Path) -> None:
                 value = stored.get_tensor(name)
                 if value.dtype == torch.int8:
                     packed = value.view(torch.uint8)
-                    halves = torch.stack([grid[(packed & 15).long()], grid[(packed >> 4).long()]], -1).flatten(-2)
+                    halves = torch.stack(
+                        [grid[(packed & 15).long()], grid[(packed >> 4).long()]], -1
+                    ).flatten(-2)
                     scale = stored.get_tensor(name.removesuffix("weight") + "scale").float()
                     value = (halves.unflatten(-1, (-1, 32)) * scale[..., None]).flatten(-2).to(torch.bfloat16)
                 elif value.dtype == torch.float8_e4m3fn:
@@ -127,7 +133,9 @@ def memory(sizes: list[str], base: Path, workers: int) -> None:
             peak = peak_anonymous([*command, "--workers", str(workers)])
             seconds = time.perf_counter() - began
             sent, came = num_bytes(source) / 1e9, num_bytes(target) / 1e9
-            print(f"{size:>10}  {sent:6.2f} GB  {came:6.2f} GB  {seconds:7.1f}  {peak / 1e6:.0f} MB ({names} names)")
+            print(
+                f"{size:>10}  {sent:6.2f} GB  {came:6.2f} GB  {seconds:7.1f}  {peak / 1e6:.0f} MB ({names} names)"
+            )
             shutil.rmtree(target)
         shutil.rmtree(source)
 
@@ -151,7 +159,9 @@ def compare(size: str, repeat: int, base: Path, workers: int, with_naive: bool) 
         times["naive torch + save_file"] = [timed(lambda: naive(source, scratch), source)]
         shutil.rmtree(scratch)
     reference = statistics.median(times["cp of the output + sync"])
-    print(f"{num_bytes(source) / 1e9:.2f} GB in, {total / 1e9:.2f} GB out, {workers} workers, median of {repeat}")
+    print(
+        f"{num_bytes(source) / 1e9:.2f} GB in, {total / 1e9:.2f} GB out, {workers} workers, median of {repeat}"
+    )
     print(f"{'':32}{'seconds':>8}  {'out GB/s':>8}  time / cp")
     for name, values in times.items():
         median = statistics.median(values)
@@ -160,7 +170,9 @@ def compare(size: str, repeat: int, base: Path, workers: int, with_naive: bool) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", default="1.5GB")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--dir", help="where the files go; a folder is made in it and removed")

@@ -123,7 +123,7 @@ def decode_fp4(codes_RP: Tensor, scale_rc: Tensor, block: Block, out: Tensor | N
     index = torch.empty((rows, packed), dtype=torch.int32)
     index.copy_(codes_RP)
     base_rc = scale_rc.to(torch.int32) << 8
-    blocks = index[:, :whole].unflatten(1, (-1, per_block))
+    blocks = torch.unflatten(index[:, :whole], 1, (whole // per_block, per_block))
     blocks += base_rc[:, : whole // per_block, None]
     if whole < packed:  # the last block of a row is cut off by the edge
         index[:, whole:] += base_rc[:, -1:]
@@ -156,7 +156,7 @@ def decode_fp8(codes_RC: Tensor, scale_rc: Tensor, block: Block, out: Tensor | N
     index = torch.empty((rows, cols), dtype=torch.int32)
     index.copy_(codes_RC)
     whole = rows // block.rows * block.rows
-    tiles = index[:whole].unflatten(0, (-1, block.rows))
+    tiles = index[:whole].view(whole // block.rows, block.rows, cols)
     tiles += base_rC[: whole // block.rows, None, :]
     if whole < rows:  # the last tiles of a column are cut off by the edge
         index[whole:] += base_rC[-1:]

@@ -24,7 +24,7 @@ Bytes = bytearray | memoryview
 
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _PATTERNS = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}  # by bits of an element
-_MIDWAY = 0x8000  # low half of a float32 that lies midway between two bfloat16 numbers
+_MIDWAY = -0x8000  # low half of a float32, as int16, that lies midway between two bfloat16 numbers
 _LEAST_EXACT, _MOST_EXACT = 3, 246  # E8M0 bytes for which bfloat16 holds every product, of E2M1 and of E4M3
 
 
@@ -70,42 +70,52 @@ def compare(a: Rows, b: Rows) -> Difference | None:
     not rounded.
     """
     if a.quant is None and b.quant is None:
-        return _compare_plain(a, b)
-    if a.quant and b.quant and not (_fits_bf16(a) and _fits_bf16(b)):
-        exact_a, exact_b = decode_exact(a), decode_exact(b)
-        return _compare_decoded(exact_a, exact_b, round_once(exact_a), round_once(exact_b))
-    values_a, values_b = decode(a), decode(b)
-    return _compare_decoded(values_a, values_b, values_a, values_b)
+        dtype = _FLOATS.get(a.dtype, _PATTERNS[max(8, formats.DTYPE_BITS[a.dtype])])
+        values_a, values_b = torch.frombuffer(a.data, dtype=dtype), torch.frombuffer(b.data, dtype=dtype)
+        return _difference(values_a, values_b, a.dtype, any_nan=False)
+    exact = a.quant and b.quant and not (_fits_bf16(a) and _fits_bf16(b))
+    read = decode_exact if exact else decode
+    return _difference(read(a).view(-1), read(b).view(-1), "BF16", any_nan=True)
 
 
 def decode(rows: Rows) -> Tensor:
     """bfloat16 [R, C]: code times scale, the exact product rounded once, to nearest even.
 
-    With E8M0 scales the float32 product is exact, subnormals included.  With F32 scales it is rounded, and
-    rounding it again errs only where it came to lie midway between two bfloat16 numbers: those few are done
-    anew.
+    With E8M0 scales the factors are bfloat16 numbers; torch multiplies those in float32, where the product is
+    exact, subnormals included, and rounds it.
     """
     if rows.quant is None:
         return torch.frombuffer(rows.data, dtype=torch.bfloat16).view(rows.num_rows, -1)
-    codes_RC = _codes(rows)
-    if rows.scales is None:
-        return codes_RC.to(torch.bfloat16)
-    scale_Rc, block_cols = _scales(rows), rows.quant.block.cols
-    product_RC = _product(codes_RC, scale_Rc, block_cols)
+    if rows.scales is not None and rows.quant.scale == "F32":
+        return _decode_f32_scaled(rows, _scales(rows), rows.quant.block.cols)
+    values_RC = _codes(rows, torch.bfloat16)
+    if rows.scales is not None:
+        _multiply(values_RC, _scales(rows).to(torch.bfloat16), rows.quant.block.cols)
+    return values_RC
+
+
+def _decode_f32_scaled(rows: Rows, scale_Rc: Tensor, block_cols: int) -> Tensor:
+    """The same with F32 scales, whose products float32 must round.
+
+    Rounding those again errs only where they came to lie midway between two bfloat16 numbers: these are done
+    anew.
+    """
+    codes_RC = _codes(rows, torch.float32)
+    product_RC = codes_RC.clone()
+    _multiply(product_RC, scale_Rc, block_cols)
     values_RC = product_RC.to(torch.bfloat16)
-    if rows.quant.scale == "F32":
-        row, col = ((product_RC.view(torch.int32) & 0xFFFF) == _MIDWAY).nonzero(as_tuple=True)
-        exact = codes_RC[row, col].to(torch.float64) * scale_Rc[row, col // block_cols].to(torch.float64)
-        values_RC[row, col] = round_once(exact)
+    row, col = (product_RC.view(torch.int16)[:, ::2] == _MIDWAY).nonzero(as_tuple=True)
+    exact = codes_RC[row, col].to(torch.float64) * scale_Rc[row, col // block_cols].to(torch.float64)
+    values_RC[row, col] = round_once(exact)
     return values_RC
 
 
 def decode_exact(rows: Rows) -> Tensor:
     """float64 [R, C]: code times scale, exact for either kind of scale (4 and 24 significant bits)."""
-    codes_RC = _codes(rows).to(torch.float64)
-    if rows.quant is None or rows.scales is None:
-        return codes_RC
-    return _product(codes_RC, _scales(rows).to(torch.float64), rows.quant.block.cols)
+    values_RC = _codes(rows, torch.float32).to(torch.float64)
+    if rows.quant is not None and rows.scales is not None:
+        _multiply(values_RC, _scales(rows).to(torch.float64), rows.quant.block.cols)
+    return values_RC
 
 
 def round_once(exact: Tensor) -> Tensor:
@@ -142,13 +152,14 @@ def _e4m3_values() -> Tensor:
     return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
 
 
-def _codes(rows: Rows) -> Tensor:
-    """float32 [R, C]: what the codes mean without their scales."""
+def _codes(rows: Rows, dtype: torch.dtype) -> Tensor:
+    """bfloat16 or float32 [R, C]: what the codes mean without their scales; exact in both."""
     index = _raw(rows.data).to(torch.int32)
     if rows.quant and rows.quant.codes_per_element == 2:
-        pairs = _e2m1_pairs().view(torch.int64).view(-1)  # a pair is looked up as one word
-        return torch.index_select(pairs, 0, index).view(torch.float32).view(rows.num_rows, -1)
-    return torch.index_select(_e4m3_values(), 0, index).view(rows.num_rows, -1)
+        words = torch.int32 if dtype == torch.bfloat16 else torch.int64  # a pair is looked up as one word
+        pairs = _e2m1_pairs().to(dtype).view(words).view(-1)
+        return torch.index_select(pairs, 0, index).view(dtype).view(rows.num_rows, -1)
+    return torch.index_select(_e4m3_values().to(dtype), 0, index).view(rows.num_rows, -1)
 
 
 def _scales(rows: Rows) -> Tensor:
@@ -160,17 +171,13 @@ def _scales(rows: Rows) -> Tensor:
     return scale_rc.index_select(0, block_row)
 
 
-def _product(codes_RC: Tensor, scale_Rc: Tensor, block_cols: int) -> Tensor:
-    """Every block times its scale; the last block of a row may be cut off by the edge."""
-    whole = codes_RC.shape[1] // block_cols
+def _multiply(values_RC: Tensor, scale_Rc: Tensor, block_cols: int) -> None:
+    """Multiply every block by its scale, in place; the last block of a row may be cut off by the edge."""
+    whole = values_RC.shape[1] // block_cols
     edge = whole * block_cols
-    product_RC = torch.empty_like(codes_RC)
-    blocks = torch.unflatten(codes_RC[:, :edge], 1, (whole, block_cols))
-    products = torch.unflatten(product_RC[:, :edge], 1, (whole, block_cols))
-    torch.mul(blocks, scale_Rc[:, :whole, None], out=products)
-    if edge < codes_RC.shape[1]:
-        torch.mul(codes_RC[:, edge:], scale_Rc[:, whole:], out=product_RC[:, edge:])
-    return product_RC
+    torch.unflatten(values_RC[:, :edge], 1, (whole, block_cols)).mul_(scale_Rc[:, :whole, None])
+    if edge < values_RC.shape[1]:
+        values_RC[:, edge:].mul_(scale_Rc[:, whole:])
 
 
 def _fits_bf16(rows: Rows) -> bool:
@@ -186,35 +193,22 @@ def _fits_bf16(rows: Rows) -> bool:
 # ---- comparison
 
 
-def _compare_plain(a: Rows, b: Rows) -> Difference | None:
-    dtype = _FLOATS.get(a.dtype, _PATTERNS[max(8, formats.DTYPE_BITS[a.dtype])])
-    values_a, values_b = torch.frombuffer(a.data, dtype=dtype), torch.frombuffer(b.data, dtype=dtype)
-    if _equal(values_a, values_b):
-        return None
-    differs = _pattern(values_a) != _pattern(values_b)
-    return _difference(values_a, values_b, _steps(values_a, values_b, differs), a.dtype, differs)
-
-
-def _compare_decoded(a: Tensor, b: Tensor, rounded_a: Tensor, rounded_b: Tensor) -> Difference | None:
+def _difference(a: Tensor, b: Tensor, unit: str, *, any_nan: bool) -> Difference | None:
+    """Of two vectors of one dtype. any_nan: every NaN equals every other"""
     if _equal(a, b):
         return None
-    differs = (_pattern(a) != _pattern(b)) & ~(a.isnan() & b.isnan())
-    if not bool(differs.any()):
-        return None
-    return _difference(a, b, _steps(rounded_a, rounded_b, differs), "BF16", differs)
-
-
-def _difference(a: Tensor, b: Tensor, distance: int, unit: str, differs: Tensor) -> Difference:
-    first = int(differs.view(-1).to(torch.uint8).argmax())
-    value_a, value_b = a.view(-1)[first].item(), b.view(-1)[first].item()
-    return Difference(int(differs.sum()), distance, unit, first, str(value_a), str(value_b))
-
-
-def _steps(a: Tensor, b: Tensor, differs: Tensor) -> int:
-    """The largest distance between patterns in the order of their values."""
-    rank_a, rank_b = _rank(a[differs]), _rank(b[differs])
-    spread = torch.maximum(rank_a, rank_b) - torch.minimum(rank_a, rank_b)
-    return int((spread ^ -(2**63)).max()) + 2**63  # unsigned: I64 values may be 2**64 - 1 apart
+    at = (_pattern(a) != _pattern(b)).nonzero().view(-1)
+    if any_nan:
+        at = at[~(a[at].isnan() & b[at].isnan())]
+        if not len(at):
+            return None
+    first, values_a, values_b = int(at[0]), a[at], b[at]
+    if values_a.dtype == torch.float64 and unit == "BF16":
+        values_a, values_b = round_once(values_a), round_once(values_b)
+    rank_a, rank_b = _rank(values_a), _rank(values_b)
+    steps = torch.maximum(rank_a, rank_b) - torch.minimum(rank_a, rank_b)
+    distance = int((steps ^ -(2**63)).max()) + 2**63  # unsigned: I64 values may be 2**64 - 1 apart
+    return Difference(len(at), distance, unit, first, str(a[first].item()), str(b[first].item()))
 
 
 def _rank(values: Tensor) -> Tensor:
@@ -239,4 +233,4 @@ def _pattern(values: Tensor) -> Tensor:
 def _equal(a: Tensor, b: Tensor) -> bool:
     """Whether the patterns are the same; by words where they divide evenly, which is three times faster."""
     words = torch.uint8 if a.numel() * a.element_size() % 8 else torch.int64
-    return torch.equal(a.view(-1).view(words), b.view(-1).view(words))
+    return torch.equal(a.view(words), b.view(words))

@@ -319,12 +319,12 @@ def _store(
         layout.stored[place.name] = stored
         layout.group[place.name] = match.row.group
     if place.parts_per_expert:
-        stored.parts.append(Part(logical, place.index * rows, rows))
+        stored.parts.append(Part(logical, place.number * rows, rows))
         num_experts = len(stored.parts) // place.parts_per_expert
         stored.shape = (num_experts, place.parts_per_expert * rows, *shape[1:])
     else:
         stored.parts.append(Part(logical, 0, rows))
-    index[logical.name] = (place.name, place.index)
+    index[logical.name] = (place.name, place.number)
 
 
 def shard_groups(layout: Layout) -> list[list[Stored]]:

@@ -47,10 +47,10 @@ class Rename(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a logical tensor stands in a namespace: the whole of `name`, or part number `index` along its rows."""
+    """Where a logical tensor stands in a namespace: the whole of `name`, or part `number` along its rows."""
 
     name: str
-    index: int = 0
+    number: int = 0
     parts_per_expert: int = 0  # 0: the whole tensor
 
 
@@ -296,4 +296,4 @@ def is_opaque(name: str) -> bool:
 
 def looks_like_transformers(names: Iterable[str]) -> bool:
     """Whether a checkpoint uses the transformers namespace."""
-    return any(name.startswith("model.") or name.startswith("lm_head.") for name in names)
+    return any(name.startswith(("model.", "lm_head.")) for name in names)

@@ -83,10 +83,7 @@ def _name(document: Mapping[str, Any], model: ModelConfig, seen: Mapping[str, Se
     if model.model_type == configs.V41:
         return "v4.1-flash"
     size = "pro" if model.routed_scaling_factor == _PRO_SCALING else "flash"
-    if (
-        any(name.endswith(".bias_vl") or name.endswith("_bias_vl") for name in seen)
-        or "vision_config" in document
-    ):
+    if any(name.endswith((".bias_vl", "_bias_vl")) for name in seen) or "vision_config" in document:
         return "vision-exp"
     if model.dspark_targets:
         return "pro-0813" if size == "pro" else "flash-0731"

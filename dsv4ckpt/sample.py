@@ -409,8 +409,8 @@ def write_sample(sample: Sample, path: str, on_bytes: Callable[[int], None] = la
                         torch.frombuffer(data, dtype=piece.dtype).copy_(piece.reshape(-1))
                         sink.write(memoryview(data))
                         on_bytes(len(data))
-        for name, data in small.items():
-            out.publish_bytes(name, data)
+        for name, content in small.items():
+            out.publish_bytes(name, content)
         out.clean()
 
 

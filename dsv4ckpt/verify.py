@@ -509,7 +509,7 @@ def _pairs(a: Survey, b: Survey, layers: tuple[int, ...] | None, dropped: frozen
     pairs = []
     for logical in a.logicals:
         twin = in_b.pop(logical.name, None)
-        left_out = a.layout.weights[logical.name][0] in dropped
+        left_out = twin is None and a.layout.weights[logical.name][0] in dropped
         pairs.append(_Pair(logical.name, _form(a, logical), _form(b, twin) if twin else None, left_out))
     pairs += [_Pair(name, None, _form(b, logical), False) for name, logical in in_b.items()]
     rest_a, rest_b = set(a.checkpoint.tensors), set(b.checkpoint.tensors)
