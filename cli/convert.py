@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import Any
 
 import click
 
 from dsv4ckpt import outdir, plan, source, survey
-from dsv4ckpt.errors import EXIT_OK, NoSpace
+from dsv4ckpt.errors import EXIT_OK, NoSpace, Usage
 from dsv4ckpt.formats import Storage
 from dsv4ckpt.names import Namespace
 from dsv4ckpt.plan import ConvertOptions, Plan
@@ -96,6 +97,8 @@ def command(
         unit_scales=frozenset(unit_scale),
     )
     checkpoint = source.open_checkpoint(src, follow_links=follow_links)
+    if os.path.realpath(src) == os.path.realpath(dst):
+        raise Usage("DST is SRC: nothing is converted in place", do="name a new directory")
     made = plan.make_plan(survey.survey(checkpoint, unit_scales=options.unit_scales), options)
     if dry_run:
         return _dry_run(made, dst, console)

@@ -177,6 +177,13 @@ def open_checkpoint(path: str, *, follow_links: bool = False) -> Checkpoint:
     if os.path.isdir(path):
         return _open_directory(path, follow_links)
     if os.path.exists(path):
+        if not path.endswith(".safetensors"):
+            raise MissingFile(
+                "this file is no safetensors file",
+                expected="a checkpoint's directory, or a file that ends in .safetensors",
+                found=repr(os.path.basename(path)),
+                do="name the directory that holds the checkpoint",
+            )
         directory, name = os.path.split(os.path.abspath(path))
         checkpoint = Checkpoint(directory, follow_links, None)
         _add_shard(checkpoint, name)

@@ -1,0 +1,101 @@
+"""Every verb has its documented flags, says what it does, and can be started in every documented way."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from dsv4cli import main as cli
+
+ROOT = Path(__file__).parents[2]
+COMMON = {"--json", "-q", "--quiet", "-v", "--verbose", "-h", "--help"}
+FLAGS = {
+    "sample": {
+        "--release", "--layers", "--hidden", "--intermediate", "--experts", "--heads", "--vocab", "--target-size",
+        "--release-dims", "--seed",
+    },
+    "inspect": {"--tensors", "--follow-symlinks"},
+    "convert": {
+        "--to", "--names", "--layers", "--mtp", "--max-shard-size", "--workers", "--dry-run", "--allow-nan",
+        "--unit-scale", "--follow-symlinks",
+    },
+    "verify": {"--level", "--subset", "--tensor", "--workers", "--follow-symlinks"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_flags_of_a_verb_are_exactly_the_documented_ones(verb: str) -> None:
+    context = click.Context(cli.dsv4)
+    command = cli.dsv4.get_command(context, verb)
+    assert command is not None
+    found = {flag for item in command.params if isinstance(item, click.Option) for flag in item.opts}
+    assert found == FLAGS[verb] | (COMMON - {"-h", "--help"})
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_help_of_a_verb_shows_an_example_that_starts_with_its_name(verb: str) -> None:
+    shown = CliRunner().invoke(cli.dsv4, [verb, "--help"])
+    assert shown.exit_code == 0
+    assert f"\n    dsv4 {verb} " in shown.output
+    assert set(cli._VERBS) == set(FLAGS)
+
+
+@pytest.mark.parametrize("flag", sorted({flag for flags in FLAGS.values() for flag in flags}))
+def test_flag_is_explained_somewhere(flag: str) -> None:
+    texts = [CliRunner().invoke(cli.dsv4, [verb, "--help"]).output for verb in FLAGS]
+    assert any(flag in text for text in texts)
+
+
+@pytest.mark.parametrize("start", [["-m", "dsv4cli"], ["-m", "cli"]])
+def test_command_starts_as_a_module(start: list[str]) -> None:
+    done = subprocess.run([sys.executable, *start, "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "dsv4 0.1.0\n")
+
+
+def test_help_inspect_and_dry_run_import_no_torch(tmp_path: Path) -> None:
+    """Importing torch takes seconds, reading headers does not."""
+    program = (
+        "import sys\n"
+        "from dsv4cli import main as cli\n"
+        "code = cli.dsv4.main(args=sys.argv[1:], standalone_mode=False)\n"
+        "assert not code, code\n"
+        "sys.exit(9 if 'torch' in sys.modules else 0)\n"
+    )
+    src = str(tmp_path / "src")
+    assert CliRunner().invoke(cli.dsv4, ["sample", src, "-q"]).exit_code == 0
+    for arguments in (
+        ["--help"],
+        ["convert", "--help"],
+        ["inspect", src],
+        ["inspect", src, "--json"],
+        ["convert", src, str(tmp_path / "out"), "--to", "bf16", "--dry-run"],
+        ["verify", src, "--level", "structure"],
+    ):
+        done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, (arguments, done.stdout, done.stderr)
+
+
+def test_json_is_one_document_on_stdout_and_words_go_to_stderr(tmp_path: Path) -> None:
+    src, out = str(tmp_path / "src"), str(tmp_path / "out")
+    for arguments in (
+        ["sample", src],
+        ["inspect", src, "--tensors", "*norm*"],
+        ["convert", src, out, "--to", "bf16", "--dry-run"],
+        ["convert", src, out, "--to", "bf16"],
+        ["verify", out],
+        ["verify", src, out],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "dsv4cli", *arguments, "--json"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        document = json.loads(done.stdout)
+        assert isinstance(document, dict)
+        assert done.stderr, arguments
