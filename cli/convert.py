@@ -14,7 +14,7 @@ from dsv4ckpt.formats import Storage
 from dsv4ckpt.names import Namespace
 from dsv4ckpt.plan import ConvertOptions, Plan
 
-from .common import common_options, follow_links_option, stopping_on_signals
+from .common import common_options, follow_links_option, stopping_on_signals, without_collecting
 from .progress import Progress
 from .words import Console, LayerList, Size, human, plural, spans, table
 
@@ -96,10 +96,11 @@ def command(
         allow_nan=frozenset(allow_nan),
         unit_scales=frozenset(unit_scale),
     )
-    checkpoint = source.open_checkpoint(src, follow_links=follow_links)
     if os.path.realpath(src) == os.path.realpath(dst):
         raise Usage("DST is SRC: nothing is converted in place", do="name a new directory")
-    made = plan.make_plan(survey.survey(checkpoint, unit_scales=options.unit_scales), options)
+    with without_collecting():
+        checkpoint = source.open_checkpoint(src, follow_links=follow_links)
+        made = plan.make_plan(survey.survey(checkpoint, unit_scales=options.unit_scales), options)
     if dry_run:
         return _dry_run(made, dst, console)
     return _carry_out(made, checkpoint, src, dst, workers, console)

@@ -12,7 +12,7 @@ from dsv4ckpt import names, source, survey
 from dsv4ckpt.errors import EXIT_BAD_INPUT, EXIT_OK
 from dsv4ckpt.survey import Survey
 
-from .common import common_options, follow_links_option
+from .common import common_options, follow_links_option, without_collecting
 from .words import Console, human, plural, spans, table
 
 _SHOWN = 20  # deviations; --json lists all
@@ -37,11 +37,12 @@ def command(src: str, pattern: str | None, follow_links: bool, console: Console)
       dsv4 inspect DeepSeek-V4-Flash --tensors '*.attn.*'
       dsv4 inspect DeepSeek-V4-Flash --json | jq .deviations
     """
-    checkpoint = source.open_checkpoint(src, follow_links=follow_links)
-    if not os.path.isdir(src):
-        _single_file(checkpoint, pattern or "*", console)
-        return EXIT_OK
-    found = survey.survey(checkpoint)
+    with without_collecting():
+        checkpoint = source.open_checkpoint(src, follow_links=follow_links)
+        if not os.path.isdir(src):
+            _single_file(checkpoint, pattern or "*", console)
+            return EXIT_OK
+        found = survey.survey(checkpoint)
     _say(found, console)
     listed = _list_tensors(checkpoint, pattern, console) if pattern else None
     document = _document(found)

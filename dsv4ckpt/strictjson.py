@@ -30,12 +30,6 @@ def _no_float(text: str) -> NoReturn:
     raise Malformed(f"{text[:40]} where only whole numbers may stand")
 
 
-def _whole(text: str) -> int:
-    if len(text) > 20:
-        raise Malformed(f"a number of {len(text)} digits")
-    return int(text)
-
-
 def loads(data: bytes, *, floats: bool) -> Any:
     """Parse one JSON value. raises Malformed"""
     try:
@@ -47,13 +41,16 @@ def loads(data: bytes, *, floats: bool) -> Any:
             text,
             object_pairs_hook=_object,
             parse_constant=_constant,
-            parse_int=_whole,
             parse_float=float if floats else _no_float,
         )
     except json.JSONDecodeError as error:
         raise Malformed(f"not JSON: {error.msg} at character {error.pos}") from None
     except RecursionError:
         raise Malformed("nested too deeply") from None
+    except ValueError as error:
+        if isinstance(error, Malformed):
+            raise
+        raise Malformed("a number of thousands of digits") from None  # Python refuses to convert it
 
 
 def compact(value: object) -> bytes:
