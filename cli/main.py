@@ -9,6 +9,7 @@ import importlib
 import json
 import sys
 import traceback
+import warnings
 from typing import NoReturn
 
 import click
@@ -66,6 +67,8 @@ def dsv4() -> None:
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command and exit with its code."""
     arguments = sys.argv[1:] if argv is None else argv
+    # torch says this at import where numpy is not installed; we do without it
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     try:
         sys.exit(dsv4.main(args=arguments, prog_name="dsv4", standalone_mode=False) or 0)
     except click.ClickException as error:
