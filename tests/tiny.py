@@ -1,0 +1,188 @@
+"""Tiny checkpoints for tests: made once, copied in no time, broken on purpose; and the record of what is opened.
+
+The safetensors reader and writer here are our own oracle: json and struct, nothing of dsv4ckpt.
+Files of a copy are hard links into the sample, so they are replaced, never written into: use the functions below.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+from dsv4ckpt import plan, sample, source, survey
+
+INDEX, CONFIG = "model.safetensors.index.json", "config.json"
+EMBED, FIRST_LAYER = "model-00001-of-00007.safetensors", "model-00002-of-00007.safetensors"
+
+
+class Tensor(NamedTuple):
+    """A stored tensor. `data` is its bytes, or their number: then the file is sparse and reads as zeros."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | int
+
+    @property
+    def size(self) -> int:
+        return self.data if isinstance(self.data, int) else len(self.data)
+
+
+def packed(header: bytes, data: bytes = b"", *, length: int | None = None) -> bytes:
+    """A safetensors file of this header, as it stands; `length` is what the length field says if not the truth."""
+    return struct.pack("<Q", len(header) if length is None else length) + header + data
+
+
+def header_of(tensors: dict[str, Tensor]) -> bytes:
+    document, position = {}, 0
+    for name, tensor in tensors.items():
+        offsets = [position, position + tensor.size]
+        document[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        position = offsets[1]
+    return json.dumps(document).encode()
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Replace a shard."""
+    path.unlink(missing_ok=True)
+    with path.open("wb") as file:
+        file.write(packed(header_of(tensors)))
+        for tensor in tensors.values():
+            if isinstance(tensor.data, int):
+                file.truncate(file.tell() + tensor.data)
+                file.seek(0, os.SEEK_END)
+            else:
+                file.write(tensor.data)
+
+
+def read_shard(path: Path, *, with_data: bool = True) -> dict[str, Tensor]:
+    """The tensors of a well-formed shard, in order of their bytes."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        document = json.loads(file.read(length))
+        document.pop("__metadata__", None)
+        tensors = {}
+        for name, fields in sorted(document.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = fields["data_offsets"]
+            data = file.read(end - begin) if with_data else end - begin
+            tensors[name] = Tensor(fields["dtype"], tuple(fields["shape"]), data)
+    return tensors
+
+
+def replace(path: Path, data: bytes | str) -> None:
+    """Replace a file's bytes without touching the file that it is a link to."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def edit_json(path: Path, edit: Callable[[Any], object]) -> None:
+    """Change a JSON document in place."""
+    document = json.loads(path.read_bytes())
+    edit(document)
+    replace(path, json.dumps(document))
+
+
+def edit_shard(path: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = read_shard(path)
+    edit(tensors)
+    write_shard(path, tensors)
+
+
+def edit_weight_map(directory: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    edit_json(directory / INDEX, lambda document: edit(document["weight_map"]))
+
+
+def shard_of(directory: Path, tensor: str) -> Path:
+    """The shard that the index names for a tensor."""
+    name = json.loads((directory / INDEX).read_bytes())["weight_map"][tensor]
+    return directory / str(name)
+
+
+def make_sample(release: str, path: Path) -> Path:
+    sample.write_sample(sample.plan_sample(sample.SampleOptions(release=release)), str(path))
+    return path
+
+
+def copy_of(directory: Path, target: Path) -> Path:
+    """The same checkpoint under another path, by hard links."""
+    for file in sorted(directory.rglob("*")):
+        if file.is_file():
+            copy = target / file.relative_to(directory)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            os.link(file, copy)
+    return target
+
+
+def survey_of(directory: Path, *, follow_links: bool = False) -> survey.Survey:
+    return survey.survey(source.open_checkpoint(str(directory), follow_links=follow_links))
+
+
+def plan_of(directory: Path, *, follow_links: bool = False) -> plan.Plan:
+    """What `dsv4 convert --dry-run` does: everything before the first byte is written."""
+    return plan.make_plan(survey_of(directory, follow_links=follow_links), plan.ConvertOptions())
+
+
+def is_plain(text: str) -> bool:
+    """Whether a message can be shown on a terminal: no escape codes, no control characters, no surrogates."""
+    return all(line.isprintable() for line in text.split("\n"))
+
+
+# ---- what the process opens, and hangs
+
+_opened: list[tuple[str, int]] | None = None
+
+
+def _listen(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and _opened is not None and isinstance(arguments[0], str | bytes):
+        _opened.append((os.fsdecode(arguments[0]), arguments[2]))
+
+
+@contextlib.contextmanager
+def recorded_opens() -> Iterator[list[tuple[str, int]]]:
+    """(path, flags) of every file that Python opens in the block. An audit hook cannot be taken off: it is muted."""
+    global _opened
+    if not getattr(sys, "_dsv4_tests_listen", False):
+        sys.addaudithook(_listen)
+        sys._dsv4_tests_listen = True  # type: ignore[attr-defined]
+    _opened = []
+    try:
+        yield _opened
+    finally:
+        _opened = None
+
+
+def outside(opened: list[tuple[str, int]], *allowed: Path) -> list[str]:
+    """What stands outside these directories, with links resolved as the kernel did when it was opened."""
+    roots = [os.path.realpath(path) for path in allowed]
+    found = []
+    for path, flags in opened:
+        if flags & os.O_NOFOLLOW:
+            path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+        else:
+            path = os.path.realpath(path)
+        if not any(path == root or path.startswith(root + os.sep) for root in roots):
+            found.append(path)
+    return found
+
+
+@contextlib.contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """raises TimeoutError out of a system call that blocks, such as open on a fifo"""
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"still busy after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
