@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dsv4ckpt import source, survey, verify
+from dsv4ckpt import compare, source, survey, verify
 from dsv4ckpt.errors import EXIT_DIFFERENT, EXIT_OK, Interrupted, Usage
 from dsv4ckpt.formats import MANIFEST_NAME
 
@@ -43,6 +43,9 @@ class _StopFlag:
 @click.option(
     "--tensor", "tensors", multiple=True, metavar="NAME", help="Only this tensor (released name of A)."
 )
+@click.option(
+    "--unit-scale", multiple=True, metavar="NAME", help="This FP8 weight has no scales: take them as 1."
+)
 @click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True)
 @follow_links_option
 @common_options
@@ -52,6 +55,7 @@ def command(
     level: str | None,
     subset: tuple[int, int] | None,
     tensors: tuple[str, ...],
+    unit_scale: tuple[str, ...],
     workers: int,
     follow_links: bool,
     console: Console,
@@ -74,22 +78,33 @@ def command(
                 expected="dsv4 verify A B --level values",
                 do="name the second one",
             )
-        return _one(a, level, subset, workers, follow_links, console)
+        return _one(a, level, subset, frozenset(unit_scale), workers, follow_links, console)
     if level == "structure":
         raise Usage("--level structure looks at one checkpoint", do=f"dsv4 verify {b} --level structure")
-    return _two(a, b, level or "values", subset, tensors, workers, follow_links, console)
+    return _two(
+        a,
+        b,
+        level or "values",
+        subset,
+        frozenset(tensors),
+        frozenset(unit_scale),
+        workers,
+        follow_links,
+        console,
+    )
 
 
 def _one(
     path: str,
     level: str | None,
     subset: tuple[int, int] | None,
+    unit_scales: frozenset[str],
     workers: int,
     follow_links: bool,
     console: Console,
 ) -> int:
     checkpoint = source.open_checkpoint(path, follow_links=follow_links)
-    structure = verify.verify_structure(checkpoint)
+    structure = verify.verify_structure(checkpoint, unit_scales=unit_scales)
     what = f"{structure.release}, {structure.storage}, {structure.namespace} names"
     size = f"{plural(structure.num_tensors, 'tensor')} in {plural(structure.num_shards, 'shard')}"
     console.say(f"{path}: {what}, {size}", bold=True)
@@ -137,13 +152,15 @@ def _two(
     path_b: str,
     level: str,
     subset: tuple[int, int] | None,
-    tensors: tuple[str, ...],
+    tensors: frozenset[str],
+    unit_scales: frozenset[str],
     workers: int,
     follow_links: bool,
     console: Console,
 ) -> int:
     surveys = [
-        survey.survey(source.open_checkpoint(path, follow_links=follow_links)) for path in (path_a, path_b)
+        survey.survey(source.open_checkpoint(path, follow_links=follow_links), unit_scales=unit_scales)
+        for path in (path_a, path_b)
     ]
     for letter, path, found in zip("AB", (path_a, path_b), surveys, strict=True):
         identity = found.identity
@@ -151,11 +168,11 @@ def _two(
         console.say(f"{letter} {path}: {what}", bold=True)
     stop = _StopFlag()
     with Progress("verify", quiet=console.quiet) as progress, stopping_on_signals(stop):
-        report = verify.verify_values(
+        report = compare.verify_values(
             surveys[0],
             surveys[1],
             subset=subset,
-            tensors=frozenset(tensors),
+            tensors=tensors,
             num_workers=workers,
             on_event=_follow(progress),
             stop=stop,
@@ -165,7 +182,7 @@ def _two(
     _say_problems([_sentence(item) for item in report.tensors if item.verdict != "left out"], console)
     counts = [(verdict.value, f"{count:,}", "") for verdict, count in report.counts.items() if count]
     console.say(table([("verdict", "tensors", ""), *counts]))
-    same_bytes = level == "bytes" and report.counts[verify.Verdict.SAME_VALUES]
+    same_bytes = level == "bytes" and report.counts[compare.Verdict.SAME_VALUES]
     if same_bytes:
         console.say(f"  {plural(same_bytes, 'tensor')} have the same values in other bytes")
     return _conclude({"ok": report.ok and not same_bytes, "values": report.document()}, console)
@@ -196,7 +213,7 @@ def _words(problem: verify.Problem) -> str:
     return "; ".join([problem.what, *(fact for fact in facts if fact)])
 
 
-def _sentence(item: verify.TensorVerdict) -> str:
+def _sentence(item: compare.TensorVerdict) -> str:
     if item.apart is None:
         return f"{item.name}: {item.verdict}" + (f": {item.reason}" if item.reason else "")
     apart = item.apart

@@ -36,7 +36,7 @@ MAX_COUNT = 2**63 - 1
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 MANIFEST_NAME = "dsv4.manifest.json"
-SINGLE_NAME = "model.safetensors"
+WORK_NAME = ".dsv4"  # unfinished work in an output directory
 
 
 class Block(NamedTuple):

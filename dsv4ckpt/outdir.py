@@ -23,9 +23,8 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from .errors import Busy, Environment, ForeignOutput, NoSpace
-from .formats import MANIFEST_NAME
+from .formats import MANIFEST_NAME, WORK_NAME
 
-WORK = ".dsv4"
 _SLAB_BYTES = 8 * 1024 * 1024  # a multiple of any block device's alignment
 _NUM_SLABS = 3  # one filled, one hashed and written, one on its way between
 _ALIGNMENT = 4096
@@ -63,7 +62,7 @@ class OutDir:
         self.path = path
         self._plan_sha256 = plan_sha256
         self._dir_fd = dir_fd
-        self._work = os.path.join(path, WORK)
+        self._work = os.path.join(path, WORK_NAME)
         self._host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
         self._journal_fd = -1
         self._lock_fd = -1
@@ -115,7 +114,7 @@ class OutDir:
             )
         strangers = sorted(
             set(os.listdir(self.path))
-            - {WORK}
+            - {WORK_NAME}
             - ({name.partition(os.sep)[0] for name in known} if claimed else set())
         )
         if strangers:
@@ -125,7 +124,7 @@ class OutDir:
                 do="choose a new directory",
             )
         if claimed is None:
-            self.publish_bytes(os.path.join(WORK, "plan"), self._plan_sha256.encode(), journal=False)
+            self.publish_bytes(os.path.join(WORK_NAME, "plan"), self._plan_sha256.encode(), journal=False)
         self._journal_fd = os.open(
             os.path.join(self._work, "journal"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666
         )
@@ -238,7 +237,7 @@ def open_outdir(path: str, plan_sha256: str, known: set[str]) -> Iterator[OutDir
         out = OutDir(path, plan_sha256, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         out.made_directory = not existed
     try:
-        with io_errors(WORK):
+        with io_errors(WORK_NAME):
             out.lock()
             out.load(known)
         yield out

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import __version__, codec, formats, outdir, strictjson
+from . import __version__, codec, formats, outdir, source, strictjson
 from .errors import Interrupted, NoSpace, NotFinite, SourceChanged
-from .formats import INDEX_NAME, MANIFEST_NAME
+from .formats import INDEX_NAME
+from .manifest import read_manifest
 from .outdir import FileSink, OutDir, Receipt
 from .plan import Op, Plan, PlannedFile, PlannedTensor, Step, space_needed
 from .source import Checkpoint, Reader
+from .threads import one_torch_thread
 
 _CHUNK_VALUES = 1024 * 1024  # decoded at a time: fits the second-level cache together with its index
 _COPY_BYTES = 4 * 1024 * 1024
@@ -109,12 +111,8 @@ def execute(
         done_bytes = sum(file.size for file in done)
         _require_space(path, plan.total_bytes - done_bytes)
         on_event(Started(plan.shard_bytes, done_bytes, len(plan.files), len(done)))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # parallelism is across shards; a second layer of threads would fight it
-        try:
+        with one_torch_thread():  # parallelism is across shards
             _run_jobs(waiting, checkpoint, plan, out, num_workers, on_event, stop)
-        finally:
-            torch.set_num_threads(threads)
         _write_small(plan, checkpoint, out)
         summary = _summarize(plan, out, len(done))
         out.finish(strictjson.pretty(_manifest(plan, summary)))
@@ -123,18 +121,15 @@ def execute(
 
 def _already_complete(plan: Plan, path: str) -> Summary | None:
     """The summary of a finished output of the same plan; None if there is work to do."""
-    try:
-        with open(os.path.join(path, MANIFEST_NAME), "rb") as file:
-            manifest = strictjson.loads(file.read(formats.MAX_INDEX_BYTES), floats=False)
-        files = tuple(Receipt(row["file"], row["size"], row["sha256"], {}) for row in manifest["files"])
-        if manifest["plan_sha256"] != plan.sha256:
-            return None
-        if any(os.path.getsize(os.path.join(path, receipt.name)) != receipt.size for receipt in files):
-            return None
-        values = manifest["values"]
-        return Summary(files, values["not_exact"], values["not_finite"], len(plan.files))
-    except (OSError, strictjson.Malformed, KeyError, TypeError):
+    if not os.path.isdir(path):
         return None
+    found = read_manifest(path)
+    if found is None or found.plan_sha256 != plan.sha256:
+        return None
+    if any(source.size_of(path, file.name, follow_links=False) != file.size for file in found.files):
+        return None
+    files = tuple(Receipt(*file, {}) for file in found.files)
+    return Summary(files, found.num_inexact, found.num_not_finite, len(plan.files))
 
 
 def _require_space(path: str, remaining: int) -> None:

@@ -27,6 +27,7 @@ from .inventory import Layout, Stored, lay_out, logical_tensors, shard_groups
 from .names import Namespace
 from .plan import space_needed
 from .release import RELEASES, Release, shipped_config
+from .threads import one_torch_thread
 from .tokenizer import tokenizer_files
 
 _PIECE_BYTES = 4 * 1024 * 1024
@@ -396,7 +397,8 @@ def write_sample(sample: Sample, path: str, on_bytes: Callable[[int], None] = la
             "not enough room for the sample", expected=f"{needed:,} bytes", found=f"{free:,} bytes free"
         )
     config = configs.read(sample.document)
-    with outdir.open_outdir(path, key, {file.name for file in sample.files} | set(small)) as out:
+    names = {file.name for file in sample.files} | set(small)
+    with one_torch_thread(), outdir.open_outdir(path, key, names) as out:
         for file in sample.files:
             if file.name in out.finished:
                 on_bytes(file.size)

@@ -103,7 +103,7 @@ class Checkpoint:
 
     def read_small(self, name: str) -> bytes:
         """The bytes of a small file. raises UnsafePath, Environment, SourceChanged"""
-        with _opened(self.directory, name, self.follow_links) as fd:
+        with opened(self.directory, name, self.follow_links) as fd:
             return shard.read_exactly(fd, os.fstat(fd).st_size, 0, name)
 
     def small_files(self) -> list[SmallFile]:
@@ -133,7 +133,7 @@ class Reader:
         """Fill `view` with bytes of tensor `name` from `offset` within it. raises SourceChanged, Environment"""
         place = self._checkpoint.tensors[name]
         assert offset + len(view) <= place.entry.end - place.entry.begin
-        with _io_errors(place.shard):
+        with io_errors(place.shard):
             shard.read_into(self._fd(place.shard), view, place.entry.begin + offset, place.shard)
 
     def will_need(self, name: str, offset: int, size: int) -> None:
@@ -155,7 +155,7 @@ class Reader:
     def _fd(self, name: str) -> int:
         fd = self._fds.get(name)
         if fd is None:
-            with _io_errors(name):
+            with io_errors(name):
                 fd = _open(self._checkpoint.directory, name, self._checkpoint.follow_links)
             self._fds[name] = fd
             _require_same(self._checkpoint.shards[name], os.fstat(fd))
@@ -192,7 +192,7 @@ def open_checkpoint(path: str, *, follow_links: bool = False) -> Checkpoint:
 
 
 def _open_directory(path: str, follow_links: bool) -> Checkpoint:
-    with _io_errors(path):
+    with io_errors(path):
         present = sorted(os.listdir(path))
     config_bytes = _read_optional(path, CONFIG_NAME, formats.MAX_CONFIG_BYTES, follow_links)
     checkpoint = Checkpoint(path, follow_links, config_bytes)
@@ -235,7 +235,7 @@ def _open_directory(path: str, follow_links: bool) -> Checkpoint:
 def _read_optional(directory: str, name: str, most: int, follow_links: bool) -> bytes | None:
     if not os.path.lexists(os.path.join(directory, name)):
         return None
-    with _opened(directory, name, follow_links) as fd:
+    with opened(directory, name, follow_links) as fd:
         size = os.fstat(fd).st_size
         if size > most:
             kind = BadConfig if name == CONFIG_NAME else BadIndex
@@ -271,7 +271,7 @@ def _parse_index(data: bytes) -> tuple[dict[str, str], int | None]:
 
 
 def _add_shard(checkpoint: Checkpoint, name: str) -> None:
-    with _opened(checkpoint.directory, name, checkpoint.follow_links) as fd:
+    with opened(checkpoint.directory, name, checkpoint.follow_links) as fd:
         header = shard.read_header(fd, name)
         checkpoint.shards[name] = Shard(name, header, _stamp(os.fstat(fd)))
     for tensor, entry in header.entries.items():
@@ -318,7 +318,7 @@ def _compare_with_index(checkpoint: Checkpoint, weight_map: dict[str, str], stra
 
 
 @contextlib.contextmanager
-def _io_errors(name: str) -> Iterator[None]:
+def io_errors(name: str) -> Iterator[None]:
     """OSError -> Environment, naming the file relative to the checkpoint."""
     try:
         yield
@@ -327,8 +327,9 @@ def _io_errors(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _opened(directory: str, name: str, follow_links: bool) -> Iterator[int]:
-    with _io_errors(name):
+def opened(directory: str, name: str, follow_links: bool) -> Iterator[int]:
+    """A regular file below `directory`, open for reading. raises UnsafePath, Environment"""
+    with io_errors(name):
         fd = _open(directory, name, follow_links)
         try:
             yield fd
@@ -339,6 +340,7 @@ def _opened(directory: str, name: str, follow_links: bool) -> Iterator[int]:
 def _open(directory: str, name: str, follow_links: bool) -> int:
     """Open a regular file below `directory` for reading. raises UnsafePath, OSError"""
     path = os.path.join(directory, name)
+    _require_plain_parents(directory, name)
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
     if os.path.islink(path):  # I3
         path = _contained_target(directory, name, follow_links)
@@ -347,6 +349,28 @@ def _open(directory: str, name: str, follow_links: bool) -> int:
         os.close(fd)
         raise UnsafePath("this is no regular file", file=name, do="remove it from the checkpoint")
     return fd
+
+
+def _require_plain_parents(directory: str, name: str) -> None:
+    """A linked directory on the way to a file would lead anywhere. raises UnsafePath"""
+    parent = os.path.dirname(name)
+    if parent and os.path.realpath(os.path.join(directory, parent)) != os.path.join(
+        os.path.realpath(directory), parent
+    ):
+        raise UnsafePath(
+            "a directory on the way to this file is a link, or leads outside",
+            file=name,
+            do="put its target in its place",
+        )
+
+
+def size_of(directory: str, name: str, follow_links: bool) -> int | None:
+    """Size of a file below `directory`; None if it is missing. raises UnsafePath, Environment"""
+    _require_plain_parents(directory, name)
+    if not os.path.lexists(os.path.join(directory, name)):
+        return None
+    with opened(directory, name, follow_links) as fd:
+        return os.fstat(fd).st_size
 
 
 def _contained_target(directory: str, name: str, follow_links: bool) -> str:
@@ -384,7 +408,7 @@ def _require_same(planned: Shard, status: os.stat_result) -> None:
 
 
 def _list_small(directory: str, below: str, follow_links: bool) -> Iterator[SmallFile]:
-    with _io_errors(below or "."):
+    with io_errors(below or "."):
         entries = sorted(os.listdir(os.path.join(directory, below)))
     for entry in entries:
         name = os.path.join(below, entry) if below else entry
@@ -401,7 +425,7 @@ def _list_small(directory: str, below: str, follow_links: bool) -> Iterator[Smal
         if left:
             yield SmallFile(name, 0, left)
             continue
-        with _opened(directory, name, follow_links) as fd:
+        with opened(directory, name, follow_links) as fd:
             size = os.fstat(fd).st_size
         too_large = size > formats.MAX_SMALL_FILE_BYTES
         yield SmallFile(name, size, "larger than 64 MiB" if too_large else None)

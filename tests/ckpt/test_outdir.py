@@ -51,7 +51,7 @@ def listing(path: Path) -> list[str]:
 
 def parts(path: Path) -> list[str]:
     """Temporary files."""
-    return sorted(file.name for file in (path / outdir.WORK).iterdir() if file.name.endswith(".part"))
+    return sorted(file.name for file in (path / outdir.WORK_NAME).iterdir() if file.name.endswith(".part"))
 
 
 def write(out: outdir.OutDir, name: str, data: bytes) -> None:
@@ -153,10 +153,10 @@ def test_exception_within_the_block_leaves_nothing(written: int, mode: str, tmp_
             raise Stop
         assert out.finished == {}
         assert parts(tmp_path) == []
-        assert (tmp_path / outdir.WORK / "journal").read_bytes() == b""
+        assert (tmp_path / outdir.WORK_NAME / "journal").read_bytes() == b""
     assert listing(tmp_path) == [
-        outdir.WORK,
-        *(f"{outdir.WORK}/{name}" for name in ("journal", "lock", "plan")),
+        outdir.WORK_NAME,
+        *(f"{outdir.WORK_NAME}/{name}" for name in ("journal", "lock", "plan")),
     ]
 
 
@@ -249,7 +249,7 @@ def test_publish_bytes_takes_every_name_that_a_file_system_takes(name: str, tmp_
 
 
 def journal(path: Path) -> Path:
-    return path / outdir.WORK / "journal"
+    return path / outdir.WORK_NAME / "journal"
 
 
 def with_two_files(path: Path) -> bytes:
@@ -401,7 +401,7 @@ def test_stranger_with_an_odd_name_is_told_printably(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("file", ["plan", "lock"])
 def test_work_file_with_escape_codes_is_told_printably(file: str, tmp_path: Path) -> None:
-    work = tmp_path / outdir.WORK
+    work = tmp_path / outdir.WORK_NAME
     work.mkdir()
     (work / file).write_bytes(b"\x1b[2J\xff\n")
     with (work / file).open() as held:
@@ -415,7 +415,7 @@ def test_work_file_with_escape_codes_is_told_printably(file: str, tmp_path: Path
 @pytest.mark.parametrize("name", ["precious", "notes.txt", "lock.bak"])
 def test_file_of_somebody_else_in_the_work_directory_survives(name: str, tmp_path: Path) -> None:
     """.dsv4 may be anything before we come: never delete what we did not create."""
-    mine = tmp_path / outdir.WORK / name
+    mine = tmp_path / outdir.WORK_NAME / name
     mine.parent.mkdir()
     mine.write_bytes(b"precious")
     try:
@@ -430,7 +430,7 @@ def test_work_directory_that_is_a_link_is_refused_and_its_target_left_alone(tmp_
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "precious").write_bytes(b"precious")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / outdir.WORK).symlink_to(tmp_path / "home")
+    (tmp_path / "out" / outdir.WORK_NAME).symlink_to(tmp_path / "home")
     with pytest.raises(Dsv4Error), opened(tmp_path / "out") as out:
         out.finish(b"{}")
     assert listing(tmp_path / "home") == ["precious"]
@@ -440,7 +440,7 @@ def test_work_directory_that_is_a_link_is_refused_and_its_target_left_alone(tmp_
 def test_link_in_the_work_directory_does_not_change_its_target(name: str, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious")
-    work = tmp_path / "out" / outdir.WORK
+    work = tmp_path / "out" / outdir.WORK_NAME
     work.mkdir(parents=True)
     (work / name).symlink_to(victim)
     try:
@@ -570,7 +570,7 @@ def leftover(path: Path, **changed: str) -> Path:
     assert (int(pid), part) == (os.getpid(), "part")
     file = (
         path
-        / outdir.WORK
+        / outdir.WORK_NAME
         / ".".join([*head, changed.get("host", host), changed.get("pid", pid), token, part])
     )
     file.write_bytes(b"left over")

@@ -20,14 +20,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsv4ckpt import decode_plain, outdir, run, sample, source, survey, verify
+from dsv4ckpt import compare, decode_plain, formats, run, sample, source, survey, verify
+from dsv4ckpt.compare import Verdict, verify_values
 from dsv4ckpt.decode_plain import Rows
 from dsv4ckpt.errors import BadManifest, Interrupted, MissingFile, UnsafePath, Usage
 from dsv4ckpt.formats import FP8_TILE_F32, MANIFEST_NAME, Block, Quant
 from dsv4ckpt.names import Namespace
 from dsv4ckpt.release import RELEASES
 from dsv4ckpt.survey import Survey
-from dsv4ckpt.verify import Verdict, verify_bytes, verify_structure, verify_values
+from dsv4ckpt.verify import verify_bytes, verify_structure
 
 Sample = Callable[[str], Path]
 Convert = Callable[..., run.Summary]
@@ -76,11 +77,11 @@ def surveyed(directory: Path, **options: Any) -> Survey:
     return survey.survey(source.open_checkpoint(str(directory)), **options)
 
 
-def compared(a: Path, b: Path, **options: Any) -> verify.ValuesReport:
+def compared(a: Path, b: Path, **options: Any) -> compare.ValuesReport:
     return verify_values(surveyed(a), surveyed(b), **options)
 
 
-def the_one(report: verify.ValuesReport) -> verify.TensorVerdict:
+def the_one(report: compare.ValuesReport) -> compare.TensorVerdict:
     """The only verdict that is no "same"."""
     assert len(report.tensors) == 1, report.tensors
     return report.tensors[0]
@@ -441,7 +442,7 @@ def test_values_one_flipped_bit_is_found_with_tensor_place_and_distance(
     found = the_one(compared(sample_of("flash"), spoilt))
     assert (found.name, found.verdict) == (EXPERT, Verdict.DIFFERS)
     after = before ^ 1 << bit
-    assert found.apart == verify.Apart(
+    assert found.apart == compare.Apart(
         num_values=1,
         distance=2**bit if bit < 15 else 2 * (before & 0x7FFF) + 1,
         unit="BF16",
@@ -477,7 +478,7 @@ def test_values_a_flipped_bit_in_a_plain_tensor_is_found(name: str, sample_of: S
 def test_values_small_chunks_find_every_difference_where_it_is(
     sample_of: Sample, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "_CHUNK_VALUES", 1000)
+    monkeypatch.setattr(compare, "_CHUNK_VALUES", 1000)
     file, begin, _ = place(out, DENSE)
     for row, bit in ((200, 1), (201, 4), (255, 0)):
         flip(file, begin + (row * 256 + 9) * 2, bit)
@@ -693,11 +694,11 @@ def test_bytes_without_a_manifest_cannot_be_verified(sample_of: Sample) -> None:
 
 def test_bytes_of_an_unfinished_run_cannot_be_verified(out: Path) -> None:
     (out / MANIFEST_NAME).unlink()
-    (out / outdir.WORK).mkdir()
+    (out / formats.WORK_NAME).mkdir()
     with pytest.raises(MissingFile, match="did not finish"):
         verify_bytes(str(out))
     assert [problem.file for problem in verify_structure(source.open_checkpoint(str(out))).problems] == [
-        outdir.WORK
+        formats.WORK_NAME
     ]
 
 
@@ -836,7 +837,7 @@ def test_structure_without_a_config_cannot_be_verified(out: Path) -> None:
 
 
 def test_structure_of_a_finished_output_does_not_mind_a_leftover_work_directory(out: Path) -> None:
-    (out / outdir.WORK).mkdir()
+    (out / formats.WORK_NAME).mkdir()
     assert verify_structure(source.open_checkpoint(str(out))).ok and verify_bytes(str(out)).ok
 
 
@@ -845,16 +846,12 @@ def test_structure_of_a_finished_output_does_not_mind_a_leftover_work_directory(
 
 def test_importing_verify_imports_neither_torch_nor_what_writes() -> None:
     code = (
-        "import sys, dsv4ckpt.verify; loaded = set(sys.modules); import dsv4ckpt.decode_plain;"
+        "import sys, dsv4ckpt.verify, dsv4ckpt.compare; loaded = set(sys.modules); import dsv4ckpt.decode_plain;"
         "print(sorted(loaded & {'torch'}), sorted(m for m in sys.modules if m in"
         "('dsv4ckpt.run', 'dsv4ckpt.codec', 'dsv4ckpt.outdir', 'dsv4ckpt.plan')))"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.split() == ["[]", "[]"]
-
-
-def test_the_work_directory_has_the_name_that_outdir_gives_it() -> None:
-    assert verify._WORK == outdir.WORK
 
 
 def test_f32_tiles_of_a_whole_tensor_equal_a_float64_decode(sample_of: Sample) -> None:

@@ -24,7 +24,7 @@ FLAGS = {
         "--to", "--names", "--layers", "--mtp", "--max-shard-size", "--workers", "--dry-run", "--allow-nan",
         "--unit-scale", "--follow-symlinks",
     },
-    "verify": {"--level", "--subset", "--tensor", "--workers", "--follow-symlinks"},
+    "verify": {"--level", "--subset", "--tensor", "--unit-scale", "--workers", "--follow-symlinks"},
 }  # fmt: skip
 
 

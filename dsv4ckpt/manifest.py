@@ -1,0 +1,109 @@
+"""dsv4.manifest.json: what a finished output directory says about itself, read strictly.  Knows no tensors' bytes.
+
+The manifest may come from a stranger: its file names must be plain and relative before anything is opened.
+run.py writes it, last of all files; verify and a second run of the same plan read it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+from . import formats, shard, source, strictjson
+from .errors import BadManifest, UnsafePath
+from .formats import MANIFEST_NAME
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+_REMAKE = "convert again into a new directory"
+_Item = TypeVar("_Item")
+
+
+class Listed(NamedTuple):
+    """A file as the manifest describes it."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What dsv4.manifest.json says, checked."""
+
+    plan_sha256: str
+    files: tuple[Listed, ...]
+    source: frozenset[Listed]  # shards that the output was made from; the SHA-256 is their header's
+    layers: tuple[int, ...] | None  # source layers that were selected; None: all
+    dropped: frozenset[str]  # tensors of the source that were left out
+    num_inexact: int
+    num_not_finite: int
+
+
+def read_manifest(directory: str, *, follow_links: bool = False) -> Manifest | None:
+    """Read a directory's manifest; None if it has none. raises BadManifest, UnsafePath, Environment"""
+    if not os.path.lexists(os.path.join(directory, MANIFEST_NAME)):
+        return None
+    with source.opened(directory, MANIFEST_NAME, follow_links) as fd:
+        size = os.fstat(fd).st_size
+        if size > formats.MAX_INDEX_BYTES:
+            raise _bad("too large", f"at most {formats.MAX_INDEX_BYTES:,} bytes", f"{size:,} bytes")
+        data = shard.read_exactly(fd, size, 0, MANIFEST_NAME)
+    try:
+        document = strictjson.loads(data, floats=False)
+    except strictjson.Malformed as error:
+        raise _bad(f"malformed: {error}") from None
+    if _field(document, "format", int) != 1:
+        raise _bad("of a format that this version does not know", 1, document["format"])
+    options = _field(document, "options", dict)
+    layers = None if options.get("layers", ()) is None else _field(options, "layers", list)
+    if layers and not _ascend(layers):
+        raise _bad("wrong in `layers`", "ascending numbers", repr(layers)[:80])
+    files = tuple(_listed(row, "sha256") for row in _field(document, "files", list))
+    twice = [name for name, count in Counter(listed.name for listed in files).items() if count > 1]
+    if twice:
+        raise _bad("wrong in `files`", "every file once", f"{twice[0]!r} twice")
+    values = _field(document, "values", dict)
+    return Manifest(
+        plan_sha256=_field(document, "plan_sha256", str),
+        files=files,
+        source=frozenset(_listed(row, "header_sha256") for row in _field(document, "source", list)),
+        layers=None if layers is None else tuple(layers),
+        dropped=frozenset(_field(row, "name", str) for row in _field(document, "dropped", list)),
+        num_inexact=_field(values, "not_exact", int),
+        num_not_finite=_field(values, "not_finite", int),
+    )
+
+
+def _bad(what: str, expected: object = None, found: object = None) -> BadManifest:
+    return BadManifest(
+        f"the manifest is {what}", file=MANIFEST_NAME, expected=expected, found=found, do=_REMAKE
+    )
+
+
+def _field(fields: Any, key: str, kind: type[_Item]) -> _Item:
+    value = fields.get(key) if isinstance(fields, dict) else None
+    if type(value) is not kind:
+        raise _bad(f"wrong in `{key}`", kind.__name__, repr(value)[:80])
+    return value
+
+
+def _ascend(numbers: list[Any]) -> bool:
+    return all(type(number) is int and number >= 0 for number in numbers) and numbers == sorted({*numbers})
+
+
+def _listed(row: Any, sha256_key: str) -> Listed:
+    listed = Listed(_field(row, "file", str), _field(row, "size", int), _field(row, sha256_key, str))
+    plain = listed.name.isprintable() and len(listed.name) <= formats.MAX_NAME_CHARS
+    if not plain or {"", ".", ".."} & {*listed.name.split("/")}:
+        raise UnsafePath(
+            "the manifest lists something that is no plain relative file name",
+            file=MANIFEST_NAME,
+            found=repr(listed.name)[:200],
+            do="do not use this directory: its manifest was tampered with",
+        )
+    if listed.size < 0 or not _SHA256.fullmatch(listed.sha256):
+        raise _bad(f"wrong about {listed.name!r}", "a size and 64 hexadecimal digits", repr(row)[:200])
+    return listed
