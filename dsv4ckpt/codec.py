@@ -32,11 +32,18 @@ class Decoded(NamedTuple):
     )
 
 
-def bf16_bits(values: Tensor) -> Tensor:
+class Rounded(NamedTuple):
+    """bfloat16 patterns, and which of them are not exactly what was rounded."""
+
+    bits: Tensor  # int16
+    inexact: Tensor  # bool: bits were lost, or the value overflowed; a NaN is no loss
+
+
+def bf16_bits(values: Tensor) -> Rounded:
     """Round float64 to bfloat16 once, to nearest even, by integer arithmetic on the bit patterns.
 
     values   float64 of any shape; subnormal results and overflow to infinity included
-    returns  int16, the bfloat16 patterns; every NaN becomes 0x7FC0
+    returns  the bfloat16 patterns, every NaN as 0x7FC0, and what was lost
     exact    one rounding. A cast in torch goes through float32 and rounds twice
     """
     bits = values.view(torch.int64)
@@ -52,9 +59,11 @@ def bf16_bits(values: Tensor) -> Tensor:
     kept = kept + ((rest > half) | ((rest == half) & (kept & 1 == 1))).to(torch.int64)
     # Adding the significand (with its hidden bit) to the exponent field lets a carry move into it.
     magnitude = kept + ((exponent + 126).clamp(min=0) << 7)
-    magnitude = torch.where((exponent > 127) | (magnitude > _BF16_INF), _BF16_INF, magnitude)
+    overflow = (exponent > 127) | (magnitude >= _BF16_INF)
+    magnitude = torch.where(overflow, _BF16_INF, magnitude)
     magnitude = torch.where(values.isnan(), _BF16_NAN, magnitude)
-    return (sign * ~values.isnan() | magnitude).to(torch.int32).to(torch.int16)
+    pattern = (sign * ~values.isnan() | magnitude).to(torch.int32).to(torch.int16)
+    return Rounded(pattern, ((rest != 0) | overflow) & values.isfinite())
 
 
 @functools.cache
@@ -84,28 +93,34 @@ def _fp4_table() -> Tensor:
     """int32 [65536]: for (scale byte << 8 | packed byte) the two bfloat16 values, low nibble first."""
     grid = torch.tensor(FP4_GRID, dtype=torch.float64)
     values = torch.cat([grid, -grid])  # -grid[0] is -0.0
-    bits = bf16_bits(_e8m0_values()[:, None] * values).to(torch.int32) & 0xFFFF
+    bits = bf16_bits(_e8m0_values()[:, None] * values).bits.to(torch.int32) & 0xFFFF
     byte = torch.arange(256)
     pairs = bits[:, byte & 15] | (bits[:, byte >> 4] << 16)
     return pairs.reshape(-1).contiguous()
 
 
 @functools.cache
-def _fp8_table() -> Tensor:
-    """int16 [65536]: for (scale byte << 8 | code) the bfloat16 value."""
-    return bf16_bits(_e8m0_values()[:, None] * _e4m3_values()).reshape(-1).contiguous()
+def _fp8_table() -> Rounded:
+    """[65536]: for (scale byte << 8 | code) the bfloat16 value."""
+    return _scaled_table(_e8m0_values())
 
 
-@functools.cache
-def _fp8_inexact_table() -> Tensor:
-    """bool [65536]: whether bfloat16 rounds the product; only for the smallest scale bytes, and on overflow."""
-    exact = (_e8m0_values()[:, None] * _e4m3_values()).reshape(-1)
-    return _is_rounded(exact, _fp8_table())
+def _scaled_table(scales: Tensor) -> Rounded:
+    """[n * 256]: for (number of the scale << 8 | code) the bfloat16 value. scales: float64 [n]"""
+    rounded = bf16_bits(
+        scales[:, None] * _e4m3_values()
+    )  # at most 24 + 4 significant bits: the product is exact
+    return Rounded(rounded.bits.reshape(-1).contiguous(), rounded.inexact.reshape(-1).contiguous())
 
 
-def _is_rounded(exact: Tensor, bits: Tensor) -> Tensor:
-    held = bits.view(torch.bfloat16).to(torch.float64)
-    return (held != exact) & ~exact.isnan()
+def _float64(patterns: Tensor) -> Tensor:
+    """float64 of float32 patterns (int32), by integer arithmetic: a cast may flush subnormals to zero."""
+    exponent = ((patterns >> 23) & 0xFF).to(torch.int64)
+    mantissa = (patterns & 0x7FFFFF).to(torch.float64)
+    normal = torch.ldexp(mantissa + 2.0**23, exponent - 150)
+    values = torch.where(exponent == 0, mantissa * 2.0**-149, normal)
+    values = torch.where(exponent == 255, torch.where(mantissa == 0, torch.inf, torch.nan), values)
+    return torch.where(patterns < 0, -values, values)
 
 
 def decode_fp4(codes_RP: Tensor, scale_rc: Tensor, block: Block, out: Tensor | None = None) -> Decoded:
@@ -129,9 +144,9 @@ def decode_fp4(codes_RP: Tensor, scale_rc: Tensor, block: Block, out: Tensor | N
         index[:, whole:] += base_rc[:, -1:]
     values = torch.empty((rows, 2 * packed), dtype=torch.bfloat16) if out is None else out
     torch.index_select(_fp4_table(), 0, index.view(-1), out=values.view(-1).view(torch.int32))
-    # 6 * 2**(253 - 127) is the smallest product beyond bfloat16
-    num_not_finite = _count_not_finite(values) if _highest(scale_rc) >= 253 else 0
-    return Decoded(values, num_not_finite, 0)
+    if _highest(scale_rc) < 253:  # 6 * 2**(253 - 127) is the smallest product beyond bfloat16
+        return Decoded(values, 0, 0)
+    return Decoded(values, _count_not_finite(values), int(values.isinf().sum()))
 
 
 def decode_fp8(codes_RC: Tensor, scale_rc: Tensor, block: Block, out: Tensor | None = None) -> Decoded:
@@ -144,13 +159,12 @@ def decode_fp8(codes_RC: Tensor, scale_rc: Tensor, block: Block, out: Tensor | N
     """
     rows, cols = codes_RC.shape
     if scale_rc.dtype == torch.float32:
-        distinct, inverse = torch.unique(scale_rc, return_inverse=True)
-        products = distinct.to(torch.float64)[:, None] * _e4m3_values()  # 24 + 4 significant bits: exact
-        table = bf16_bits(products).reshape(-1).contiguous()
-        inexact = _is_rounded(products.reshape(-1), table)
+        # told apart by their patterns: -0 is not +0
+        patterns, inverse = torch.unique(scale_rc.view(torch.int32), return_inverse=True)
+        table = _scaled_table(_float64(patterns))
         base_rc = inverse.to(torch.int32) << 8
     else:
-        table, inexact = _fp8_table(), _fp8_inexact_table()
+        table = _fp8_table()
         base_rc = scale_rc.to(torch.int32) << 8
     base_rC = base_rc.repeat_interleave(block.cols, 1)[:, :cols]
     index = torch.empty((rows, cols), dtype=torch.int32)
@@ -162,9 +176,9 @@ def decode_fp8(codes_RC: Tensor, scale_rc: Tensor, block: Block, out: Tensor | N
         index[whole:] += base_rC[-1:]
     flat = index.view(-1)
     values = torch.empty((rows, cols), dtype=torch.bfloat16) if out is None else out
-    torch.index_select(table, 0, flat, out=values.view(-1).view(torch.int16))
-    rounded = bool(inexact.view(-1, 256)[base_rc.unique() >> 8].any())
-    num_inexact = int(torch.index_select(inexact, 0, flat).sum()) if rounded else 0
+    torch.index_select(table.bits, 0, flat, out=values.view(-1).view(torch.int16))
+    rounded = bool(table.inexact.view(-1, 256)[base_rc.unique() >> 8].any())
+    num_inexact = int(torch.index_select(table.inexact, 0, flat).sum()) if rounded else 0
     return Decoded(values, _count_not_finite(values), num_inexact)
 
 

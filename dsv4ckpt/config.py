@@ -16,6 +16,7 @@ from .formats import CONFIG_NAME
 
 V4, V41 = "deepseek_v4", "deepseek_v41"
 _QUANT_KEYS = ("quantization_config", "expert_dtype")
+_MAX_ALL_EXPERTS = 100_000  # Pro has 23,808; an inventory must not explode
 _MAX_LAYERS, _MAX_EXPERTS, _MAX_WIDTH, _MAX_ROWS = 512, 4096, 2**20, 2**34
 
 
@@ -118,13 +119,15 @@ def read(document: dict[str, Any]) -> ModelConfig:
     nextn = text.count("num_nextn_predict_layers", 8, least=0)
     # 0731 and 0813 say 1 stage and ship 3: the ratios count the stages that are there.
     num_stages = len(ratios) - num_layers if nextn else 0
-    if not 0 <= num_stages <= 8 or (nextn and not num_stages):
+    if len(ratios) < num_layers or num_stages > 8 or (nextn and not num_stages):
         text.refuse("compress_ratios", f"{num_layers} entries, and one more for each draft stage")
     dspark = "dspark_block_size" in text.fields and num_stages > 0
     targets = text.counts("dspark_target_layer_ids", num_layers - 1, max_length=8) if dspark else ()
     if dspark and not targets:
         text.refuse("dspark_target_layer_ids", "at least one layer")
     num_experts = text.count("n_routed_experts", _MAX_EXPERTS)
+    if (num_layers + num_stages) * num_experts > _MAX_ALL_EXPERTS:
+        text.refuse("n_routed_experts", f"at most {_MAX_ALL_EXPERTS:,} experts in all layers")
     common = ModelConfig(
         model_type=model_type,
         vocab=text.count("vocab_size", _MAX_WIDTH),

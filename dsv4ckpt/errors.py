@@ -15,6 +15,13 @@ EXIT_BUSY = 75
 EXIT_SIGNAL = 128  # plus the signal's number: 130 for SIGINT, 143 for SIGTERM
 
 
+def printable(text: str) -> str:
+    """Text from a file system or a file, harmless on a terminal and encodable: what is not printable is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 class Dsv4Error(Exception):
     """Base of the family: a sentence, then one line for each fact that is known."""
 
@@ -31,7 +38,7 @@ class Dsv4Error(Exception):
     ) -> None:
         facts = {"file": file, "expected": expected, "found": found, "do": do}
         self.what = what
-        self.facts = {key: str(value) for key, value in facts.items() if value is not None}
+        self.facts = {key: printable(str(value)) for key, value in facts.items() if value is not None}
         super().__init__("\n".join([what, *(f"    {key:<9} {text}" for key, text in self.facts.items())]))
 
 

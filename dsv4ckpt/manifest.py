@@ -36,6 +36,7 @@ class Manifest:
     plan_sha256: str
     files: tuple[Listed, ...]
     source: frozenset[Listed]  # shards that the output was made from; the SHA-256 is their header's
+    samples: dict[str, str]  # source shard -> SHA-256 of pieces of its data
     layers: tuple[int, ...] | None  # source layers that were selected; None: all
     dropped: frozenset[str]  # tensors of the source that were left out
     num_inexact: int
@@ -70,6 +71,10 @@ def read_manifest(directory: str, *, follow_links: bool = False) -> Manifest | N
         plan_sha256=_field(document, "plan_sha256", str),
         files=files,
         source=frozenset(_listed(row, "header_sha256") for row in _field(document, "source", list)),
+        samples={
+            _field(row, "file", str): _field(row, "sample_sha256", str)
+            for row in _field(document, "source", list)
+        },
         layers=None if layers is None else tuple(layers),
         dropped=frozenset(_field(row, "name", str) for row in _field(document, "dropped", list)),
         num_inexact=_field(values, "not_exact", int),

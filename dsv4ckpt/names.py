@@ -54,6 +54,7 @@ class Place(NamedTuple):
     parts_per_expert: int = 0  # 0: the whole tensor
 
 
+_RELEASED_LEAVES = {"weight": "weight", "scale": "scale"}
 _LEAVES = {"weight": "weight", "scale": "weight_scale_inv"}  # both mean "multiply by", despite the "inv"
 _FUSED_LEAVES = {"weight": "", "scale": "_scale_inv"}
 
@@ -215,7 +216,7 @@ class Table:
 
     def __init__(self, rows: tuple[Rename, ...]) -> None:
         self.rows = rows
-        self._by_deepseek = _compile((row.deepseek, _LEAVES, row) for row in rows)
+        self._by_deepseek = _compile((row.deepseek, _RELEASED_LEAVES, row) for row in rows)
         self._by_transformers = _compile((row.transformers, _LEAVES, row) for row in rows)
         self._by_fused = _compile((row.fused.name, _FUSED_LEAVES, row) for row in rows if row.fused)
 

@@ -22,12 +22,13 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from .errors import Busy, Environment, ForeignOutput, NoSpace
+from .errors import Busy, Environment, ForeignOutput, NoSpace, printable
 from .formats import MANIFEST_NAME, WORK_NAME
 
 _SLAB_BYTES = 8 * 1024 * 1024  # a multiple of any block device's alignment
 _NUM_SLABS = 3  # one filled, one hashed and written, one on its way between
 _ALIGNMENT = 4096
+_OUR_WORK_FILES = ("plan", "journal", "lock")
 
 
 class Receipt(NamedTuple):
@@ -58,9 +59,10 @@ def io_errors(name: str) -> Iterator[None]:
 class OutDir:
     """An output directory that belongs to one plan. Use `open_outdir`."""
 
-    def __init__(self, path: str, plan_sha256: str, dir_fd: int) -> None:
+    def __init__(self, path: str, plan_sha256: str, source_sha256: str, dir_fd: int) -> None:
         self.path = path
         self._plan_sha256 = plan_sha256
+        self._source_sha256 = source_sha256
         self._dir_fd = dir_fd
         self._work = os.path.join(path, WORK_NAME)
         self._host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
@@ -76,11 +78,15 @@ class OutDir:
         """Take the directory. raises Busy"""
         while True:
             os.makedirs(self._work, exist_ok=True)
-            fd = os.open(os.path.join(self._work, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            if os.path.islink(self._work):
+                raise ForeignOutput(
+                    "the work directory is a link", file=WORK_NAME, do="choose a new directory"
+                )
+            fd = self._open_work("lock")
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                holder = os.pread(fd, 200, 0).decode(errors="replace")
+                holder = printable(os.pread(fd, 200, 0).decode(errors="replace"))
                 os.close(fd)
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                     raise
@@ -96,6 +102,11 @@ class OutDir:
         os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         self._lock_fd = fd
 
+    def _open_work(self, name: str) -> int:
+        """Open or create one of our own files in the work directory; a link there is an error."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(os.path.join(self._work, name), flags, 0o666)
+
     def load(self, known: set[str]) -> None:
         """Claim the directory for the plan and read what an earlier run of it finished.
 
@@ -105,11 +116,18 @@ class OutDir:
         stamp = os.path.join(self._work, "plan")
         claimed = _read_if_there(stamp)
         self._is_new = claimed is None
-        if claimed is not None and claimed != self._plan_sha256.encode():
+        claim = f"{self._plan_sha256} {self._source_sha256}".encode()
+        if claimed is not None and claimed[:64] == claim[:64] and claimed != claim:
+            raise ForeignOutput(
+                "the source files are not those that the unfinished run read: they were modified or copied since",
+                expected="the same sizes and modification times",
+                do="put the same files back (cp -p and rsync -t keep their times), or remove this directory",
+            )
+        if claimed is not None and claimed != claim:
             raise ForeignOutput(
                 "this directory holds an unfinished conversion of another source or with other options",
                 expected=f"plan {self._plan_sha256[:16]}",
-                found=f"plan {claimed[:16].decode(errors='replace')}",
+                found=f"plan {printable(claimed[:16].decode(errors='replace'))}",
                 do="choose another directory, or remove this one",
             )
         strangers = sorted(
@@ -120,14 +138,13 @@ class OutDir:
         if strangers:
             raise ForeignOutput(
                 "the output directory is not empty",
-                found=", ".join(map(repr, strangers[:3])) + (", ..." if len(strangers) > 3 else ""),
+                found=", ".join(f"'{printable(name)}'" for name in strangers[:3])
+                + (", ..." if len(strangers) > 3 else ""),
                 do="choose a new directory",
             )
         if claimed is None:
-            self.publish_bytes(os.path.join(WORK_NAME, "plan"), self._plan_sha256.encode(), journal=False)
-        self._journal_fd = os.open(
-            os.path.join(self._work, "journal"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666
-        )
+            self.publish_bytes(os.path.join(WORK_NAME, "plan"), claim, journal=False)
+        self._journal_fd = self._open_work("journal")
         self._read_journal(known)
         self._remove_dead_temporaries()
 
@@ -151,12 +168,11 @@ class OutDir:
                     os.rmdir(self.path)
 
     def clean(self) -> None:
-        """Remove the work directory; what another living process left in it stays."""
+        """Remove our own files and the work directory; what others left in it stays, and so does it then."""
+        for name in _OUR_WORK_FILES:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self._work, name))
         with contextlib.suppress(OSError):
-            for name in os.listdir(self._work):
-                if not name.endswith(".part") and name != "lock":
-                    os.unlink(os.path.join(self._work, name))
-            os.unlink(os.path.join(self._work, "lock"))
             os.rmdir(self._work)
 
     # -- files
@@ -168,9 +184,14 @@ class OutDir:
     def publish_bytes(self, name: str, data: bytes, *, journal: bool = True) -> Receipt:
         """Write a small file through the same protocol."""
         with io_errors(name):
-            parent = os.path.dirname(name)
-            if parent:
-                os.makedirs(os.path.join(self.path, parent), exist_ok=True)
+            parent = os.path.join(self.path, os.path.dirname(name))
+            os.makedirs(parent, exist_ok=True)
+            if os.path.realpath(parent) != os.path.normpath(
+                os.path.join(os.path.realpath(self.path), os.path.dirname(name))
+            ):
+                raise ForeignOutput(
+                    "a directory in the output is a link", file=name, do="choose a new directory"
+                )
             temporary = self._temporary(name)
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
@@ -200,8 +221,8 @@ class OutDir:
             self.finished[receipt.name] = receipt
 
     def _temporary(self, name: str) -> str:
-        flat = name.replace(os.sep, "__")
-        return os.path.join(self._work, f"{flat}.{self._host}.{os.getpid()}.{secrets.token_hex(4)}.part")
+        key = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]  # any name, however long
+        return os.path.join(self._work, f"{key}.{self._host}.{os.getpid()}.{secrets.token_hex(4)}.part")
 
     def _read_journal(self, known: set[str]) -> None:
         """A line counts if it is whole and its file is there with that size; a torn tail is cut off."""
@@ -212,8 +233,12 @@ class OutDir:
             if not line.endswith(b"\n") or crc != b"%08x" % zlib.crc32(text):
                 break
             good += len(line)
-            receipt = Receipt(*json.loads(text))
-            if receipt.name in known and _size_of(os.path.join(self.path, receipt.name)) == receipt.size:
+            receipt = _receipt(text)
+            if (
+                receipt
+                and receipt.name in known
+                and _size_of(os.path.join(self.path, receipt.name)) == receipt.size
+            ):
                 self.finished[receipt.name] = receipt
         os.ftruncate(self._journal_fd, good)
         os.lseek(self._journal_fd, 0, os.SEEK_END)
@@ -222,19 +247,27 @@ class OutDir:
         """Leftovers of a killed run on this host. Another host's, or a living process's, are left alone."""
         for name in os.listdir(self._work):
             parts = name.split(".")
-            if parts[-1] != "part" or len(parts) < 5 or parts[-4] != self._host or not parts[-3].isdecimal():
+            if len(parts) != 5 or parts[-1] != "part" or parts[1] != self._host or not parts[2].isdecimal():
                 continue
-            if not _is_alive(int(parts[-3])):
+            # our own number: an earlier process had it, for this one has written nothing yet
+            if int(parts[2]) == os.getpid() or not _is_alive(int(parts[2])):
                 os.unlink(os.path.join(self._work, name))
 
 
 @contextlib.contextmanager
-def open_outdir(path: str, plan_sha256: str, known: set[str]) -> Iterator[OutDir]:
-    """Create or resume an output directory. raises Busy, ForeignOutput, Environment"""
+def open_outdir(path: str, plan_sha256: str, known: set[str], source_sha256: str = "") -> Iterator[OutDir]:
+    """Create or resume an output directory.
+
+    plan_sha256    what is to be written; source_sha256: the very files that it is made from
+    known          names of all files that will be written
+    raises         Busy, ForeignOutput, Environment
+    """
     with io_errors("."):
         existed = os.path.isdir(path)
         os.makedirs(path, exist_ok=True)
-        out = OutDir(path, plan_sha256, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        out = OutDir(
+            path, plan_sha256, source_sha256, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        )
         out.made_directory = not existed
     try:
         with io_errors(WORK_NAME):
@@ -269,13 +302,18 @@ class FileSink:
             self._temporary = self._out._temporary(self._name)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._fd, self._direct = _open_direct(self._temporary, flags)
-            if self._direct and self._size:
-                os.posix_fallocate(self._fd, 0, self._size)
-        slab = min(_SLAB_BYTES, -(-self._size // _ALIGNMENT) * _ALIGNMENT)
-        self._slabs = [mmap.mmap(-1, max(slab, _ALIGNMENT)) for _ in range(_NUM_SLABS)]
-        self._pending: list[concurrent.futures.Future[None] | None] = [None] * _NUM_SLABS
-        self._current = 0
-        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+            try:
+                if self._direct and self._size:
+                    _reserve(self._fd, self._size)
+                slab = min(_SLAB_BYTES, -(-self._size // _ALIGNMENT) * _ALIGNMENT)
+                self._slabs = [mmap.mmap(-1, max(slab, _ALIGNMENT)) for _ in range(_NUM_SLABS)]
+                self._pending: list[concurrent.futures.Future[None] | None] = [None] * _NUM_SLABS
+                self._current = 0
+                self._pool = concurrent.futures.ThreadPoolExecutor(1)
+            except BaseException:
+                os.close(self._fd)
+                os.unlink(self._temporary)
+                raise
         return self
 
     def room(self) -> memoryview:
@@ -375,6 +413,15 @@ def free_bytes(path: str) -> int:
     return status.f_bavail * status.f_frsize
 
 
+def _reserve(fd: int, size: int) -> None:
+    """Ask for the space at once: less fragmentation, and a full disk is noticed early. Some file systems cannot."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+
+
 def _open_direct(path: str, flags: int) -> tuple[int, bool]:
     direct = getattr(os, "O_DIRECT", 0)
     if direct:
@@ -415,10 +462,26 @@ def _size_of(path: str) -> int:
         return -1
 
 
+def _receipt(line: bytes) -> Receipt | None:
+    """What a journal line says; None if it is no receipt."""
+    try:
+        name, size, sha256, notes = json.loads(line)
+    except (ValueError, TypeError):
+        return None
+    if not (
+        isinstance(name, str)
+        and isinstance(size, int)
+        and isinstance(sha256, str)
+        and isinstance(notes, dict)
+    ):
+        return None
+    return Receipt(name, size, sha256, notes)
+
+
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True

@@ -35,6 +35,9 @@ class Op(StrEnum):
     FP8 = "fp8"
 
 
+_GROWTH = {Op.COPY: 1, Op.FP4: 4, Op.FP8: 2}  # output bytes for each stored byte
+
+
 class Step(NamedTuple):
     """Rows [begin, begin + rows) of one stored tensor, leading dimensions flattened, become output bytes.
 
@@ -183,6 +186,8 @@ def make_plan(survey: Survey, options: ConvertOptions) -> Plan:
     raises  NotConform and its kin if the source is not what its config asks for, Usage for options that do not fit
     """
     survey.require_conform()
+    if options.target is not Storage.BF16:
+        raise Usage(f"{options.target} cannot be written yet", expected=Storage.BF16)
     layers = _selected_layers(survey, options)
     _require_known_names(survey, options)
     kept, dropped_logicals = _select(survey, layers, options)
@@ -226,10 +231,10 @@ def make_plan(survey: Survey, options: ConvertOptions) -> Plan:
 def _selected_layers(survey: Survey, options: ConvertOptions) -> tuple[int, ...]:
     every = tuple(range(survey.model.num_layers))
     layers = every if options.layers is None else options.layers
-    beyond = [layer for layer in layers if layer >= len(every)]
-    if beyond or not layers:
+    beyond = [layer for layer in layers if layer not in every]
+    if beyond or not layers or list(layers) != sorted(set(layers)):
         raise Usage(
-            f"there is no layer {beyond[0]}" if beyond else "no layer is selected",
+            f"there is no layer {beyond[0]}" if beyond else "layers must be named once, in ascending order",
             expected=f"layers 0 to {len(every) - 1}",
             do="dsv4 inspect tells how many layers there are",
         )
@@ -357,8 +362,18 @@ def _hashed(checkpoint: Checkpoint, item: SmallFile) -> tuple[str, int, str]:
 
 
 def _require_conservation(survey: Survey, plan: Plan) -> None:
-    """Every input row once, or dropped by name. A failure here is our bug, caught before a byte is written."""
+    """Every input row once, or dropped by name; every output once, and filled.
+
+    A failure here is our bug, caught before a byte is written.
+    """
     tensors = survey.checkpoint.tensors
+    made = [tensor for file in plan.files for tensor in file.tensors]
+    if len({tensor.name for tensor in made}) != len(made):
+        raise NotConform("two outputs would have one name", do="please report this")
+    for tensor in made:
+        size = sum(step.rows * step.row_bytes * _GROWTH[step.op] for step in tensor.steps)
+        if size != formats.stored_bytes(tensor.dtype, tensor.shape):
+            raise NotConform(f"tensor {tensor.name!r} would not be filled", do="please report this")
     uses: dict[str, list[tuple[int, int]]] = {name: [] for name in tensors}
     for file in plan.files:
         for tensor in file.tensors:

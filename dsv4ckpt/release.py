@@ -7,6 +7,7 @@ The key `expert_dtype` decides nothing: launch configs lack it.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -123,23 +124,30 @@ def _words(summary: _Summary | None) -> str:
 def _observed(
     model: ModelConfig, seen: Mapping[str, Seen], namespace: Namespace, kind: Kind
 ) -> _Summary | None:
-    """How the first tensor of a kind is stored. Geometry is read from the shapes, never assumed."""
-    rows, cols = model.intermediate, model.hidden
-    probes = [f"layers.{layer}.ffn.{{}}w1.weight" for layer in range(model.num_layers)]
+    """How the tensors of a kind are stored: what most of them say, so that one bad tensor is no unknown release.
+
+    Geometry is read from the shapes, never assumed.
+    """
     owner = "experts.0." if kind is Kind.EXPERT else "shared_experts."
-    for probe in probes:
-        weight_name, scale_name = _names(probe.format(owner), namespace)
-        weight, scale = seen.get(weight_name), seen.get(scale_name)
-        if weight is None:
-            continue
-        if scale is None or len(scale.shape) < 2:
-            return weight.dtype, None, None
-        scale_rows, scale_cols = scale.shape[-2:]
-        if namespace is Namespace.TRANSFORMERS and kind is Kind.EXPERT:
-            rows = 2 * model.intermediate
-        block = _block(rows, cols, scale_rows, scale_cols)
-        return weight.dtype, scale.dtype, block
-    return None
+    shapes = {
+        "w1": (model.intermediate, model.hidden),
+        "w2": (model.hidden, model.intermediate),
+        "w3": (model.intermediate, model.hidden),
+    }
+    votes: Counter[_Summary] = Counter()
+    for layer in range(model.num_layers):
+        for inner, (rows, cols) in shapes.items():
+            weight_name, scale_name = _names(f"layers.{layer}.ffn.{owner}{inner}.weight", namespace)
+            weight, scale = seen.get(weight_name), seen.get(scale_name)
+            if weight is None:
+                continue
+            if scale is None or len(scale.shape) < 2:
+                votes[(weight.dtype, None, None)] += 1
+                continue
+            if namespace is Namespace.TRANSFORMERS and kind is Kind.EXPERT and inner != "w2":
+                rows *= 2  # gate and up stand in one tensor
+            votes[(weight.dtype, scale.dtype, _block(rows, cols, *scale.shape[-2:]))] += 1
+    return max(votes, key=lambda summary: votes[summary]) if votes else None
 
 
 def _names(logical: str, namespace: Namespace) -> tuple[str, str]:

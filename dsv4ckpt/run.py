@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import __version__, codec, formats, outdir, source, strictjson
-from .errors import Interrupted, NoSpace, NotFinite, SourceChanged
+from .errors import ForeignOutput, Interrupted, NoSpace, NotFinite, SourceChanged
 from .formats import INDEX_NAME
 from .manifest import read_manifest
 from .outdir import FileSink, OutDir, Receipt
@@ -100,12 +100,12 @@ def execute(
               Interrupted; finished files stay, temporary ones are removed
     """
     stop = stop or StopFlag()
-    complete = _already_complete(plan, path)
+    complete = _already_complete(plan, checkpoint, path)
     if complete is not None:
         on_event(Started(plan.shard_bytes, plan.shard_bytes, len(plan.files), len(plan.files)))
         return complete
     known = {file.name for file in plan.files} | set(plan.written) | {name for name, _, _ in plan.copied}
-    with outdir.open_outdir(path, plan.sha256, known) as out:
+    with outdir.open_outdir(path, plan.sha256, known, checkpoint.stamps_sha256()) as out:
         done = [file for file in plan.files if file.name in out.finished]
         waiting = [file for file in plan.files if file.name not in out.finished]
         done_bytes = sum(file.size for file in done)
@@ -115,12 +115,12 @@ def execute(
             _run_jobs(waiting, checkpoint, plan, out, num_workers, on_event, stop)
         _write_small(plan, checkpoint, out)
         summary = _summarize(plan, out, len(done))
-        out.finish(strictjson.pretty(_manifest(plan, summary)))
+        out.finish(strictjson.pretty(_manifest(plan, checkpoint, summary)))
     return summary
 
 
-def _already_complete(plan: Plan, path: str) -> Summary | None:
-    """The summary of a finished output of the same plan; None if there is work to do."""
+def _already_complete(plan: Plan, checkpoint: Checkpoint, path: str) -> Summary | None:
+    """The summary of a finished output of the same plan and source; None if there is work to do."""
     if not os.path.isdir(path):
         return None
     found = read_manifest(path)
@@ -128,6 +128,13 @@ def _already_complete(plan: Plan, path: str) -> Summary | None:
         return None
     if any(source.size_of(path, file.name, follow_links=False) != file.size for file in found.files):
         return None
+    for name, sampled in found.samples.items():
+        if checkpoint.sample_sha256(name) != sampled:
+            raise ForeignOutput(
+                "this directory was made from another source with the same headers",
+                file=name,
+                do="choose a new directory",
+            )
     files = tuple(Receipt(*file, {}) for file in found.files)
     return Summary(files, found.num_inexact, found.num_not_finite, len(plan.files))
 
@@ -357,7 +364,7 @@ def _summarize(plan: Plan, out: OutDir, num_resumed: int) -> Summary:
     )
 
 
-def _manifest(plan: Plan, summary: Summary) -> dict[str, Any]:
+def _manifest(plan: Plan, checkpoint: Checkpoint, summary: Summary) -> dict[str, Any]:
     """Nothing in it names a machine, a path, a user or a time: equal inputs give equal bytes."""
     tensors = {file.name: len(file.tensors) for file in plan.files}
     return {
@@ -366,7 +373,15 @@ def _manifest(plan: Plan, summary: Summary) -> dict[str, Any]:
         "plan_sha256": plan.sha256,
         "release": plan.release,
         "options": plan.describe_options(),
-        "source": [{"file": n, "size": size, "header_sha256": sha256} for n, size, sha256 in plan.source],
+        "source": [
+            {
+                "file": name,
+                "size": size,
+                "header_sha256": sha256,
+                "sample_sha256": checkpoint.sample_sha256(name),
+            }
+            for name, size, sha256 in plan.source
+        ],
         "files": [
             {"file": r.name, "size": r.size, "sha256": r.sha256, "tensors": tensors.get(r.name, 0)}
             for r in summary.files

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import stat
@@ -18,12 +19,14 @@ from typing import Any, NamedTuple, NoReturn
 
 from . import config as configs
 from . import formats, shard, strictjson
-from .errors import BadConfig, BadIndex, Environment, MissingFile, SourceChanged, UnsafePath
+from .errors import BadConfig, BadIndex, Environment, MissingFile, SourceChanged, UnsafePath, printable
 from .formats import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from .release import Seen
 from .shard import Entry, Header
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
+_MAX_DEPTH = 8
+_NUM_SAMPLES, _SAMPLE_BYTES = 64, 1024  # of a shard, to tell revisions with equal headers apart
 _CODE_DIRECTORIES = ("encoding", "inference")
 _CARRIED_SUFFIXES = (".json", ".txt", ".md", ".jinja", ".model", ".tiktoken", ".pdf", ".yaml", ".yml")
 _CARRIED_NAMES = re.compile(r"(LICENSE|NOTICE|COPYING|README)[A-Za-z0-9._-]*")
@@ -110,6 +113,27 @@ class Checkpoint:
         """Everything beside the shards, sorted by name, each with the reason if it is left behind."""
         found = list(_list_small(self.directory, "", self.follow_links))
         return sorted(found)
+
+    def stamps_sha256(self) -> str:
+        """Sizes and modification times: the same files as before, as far as that can be told without reading them."""
+        known = [(item.name, item.stamp.size, item.stamp.mtime_ns) for item in self.shards.values()]
+        return hashlib.sha256(repr(known).encode()).hexdigest()
+
+    def sample_sha256(self, name: str) -> str:
+        """SHA-256 over evenly spread pieces of one shard's data.
+
+        Two revisions of a release have equal headers: this tells them apart at the cost of a few reads. Equal samples
+        are evidence, not proof.
+        """
+        item = self.shards[name]
+        begin, size = item.header.data_start, item.stamp.size - item.header.data_start
+        digest = hashlib.sha256()
+        with opened(self.directory, name, self.follow_links) as fd:
+            for number in range(_NUM_SAMPLES):
+                offset = max(0, size - _SAMPLE_BYTES) * number // (_NUM_SAMPLES - 1)
+                piece = min(_SAMPLE_BYTES, size)
+                digest.update(shard.read_exactly(fd, piece, begin + offset, name))
+        return digest.hexdigest()
 
     @contextlib.contextmanager
     def reader(self) -> Iterator[Reader]:
@@ -344,11 +368,20 @@ def _open(directory: str, name: str, follow_links: bool) -> int:
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
     if os.path.islink(path):  # I3
         path = _contained_target(directory, name, follow_links)
-    fd = os.open(path, flags)
+    try:
+        fd = os.open(path, flags)
+    except OSError as error:
+        if error.errno not in (errno.ENXIO, errno.ELOOP):  # a socket; a link that was put there meanwhile
+            raise
+        raise _irregular(name) from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise UnsafePath("this is no regular file", file=name, do="remove it from the checkpoint")
+        raise _irregular(name)
     return fd
+
+
+def _irregular(name: str) -> UnsafePath:
+    return UnsafePath("this is no regular file", file=name, do="remove it from the checkpoint")
 
 
 def _require_plain_parents(directory: str, name: str) -> None:
@@ -411,12 +444,17 @@ def _list_small(directory: str, below: str, follow_links: bool) -> Iterator[Smal
     with io_errors(below or "."):
         entries = sorted(os.listdir(os.path.join(directory, below)))
     for entry in entries:
+        if not entry.isprintable():
+            yield SmallFile(os.path.join(below, printable(entry)), 0, "an unprintable name")
+            continue
         name = os.path.join(below, entry) if below else entry
         if entry.endswith(".safetensors") or name in (CONFIG_NAME, INDEX_NAME, MANIFEST_NAME):
             continue
         path = os.path.join(directory, name)
         if os.path.isdir(path) and not os.path.islink(path):
-            if (name if not below else below.partition(os.sep)[0]) in _CODE_DIRECTORIES:
+            if name.count(os.sep) >= _MAX_DEPTH:
+                yield SmallFile(name + os.sep, 0, "too deep")
+            elif (name if not below else below.partition(os.sep)[0]) in _CODE_DIRECTORIES:
                 yield from _list_small(directory, name, follow_links)
             else:
                 yield SmallFile(name + os.sep, 0, "a directory that releases do not have")
@@ -435,8 +473,6 @@ def _why_left(name: str) -> str | None:
     base = os.path.basename(name)
     if base.startswith("."):
         return "hidden"
-    if not base.isprintable():
-        return "an unprintable name"
     if base.endswith(".py"):
         in_code = name.partition(os.sep)[0] in _CODE_DIRECTORIES
         return None if in_code else "code outside encoding/ and inference/"

@@ -6,7 +6,12 @@ json.loads takes the last of two equal keys, other parsers the first: a file tha
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections import Counter
 from typing import Any, NoReturn
+
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Malformed(ValueError):
@@ -16,8 +21,7 @@ class Malformed(ValueError):
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise Malformed(f"the key {twice[:200]!r} stands there twice")
     return result
 
@@ -30,23 +34,45 @@ def _no_float(text: str) -> NoReturn:
     raise Malformed(f"{text[:40]} where only whole numbers may stand")
 
 
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise Malformed(f"{text[:40]} is no finite number")
+    return value
+
+
+def _unsigned(text: str) -> int:
+    if text.startswith("-"):
+        raise Malformed(f"{text[:40]} where only counts may stand")
+    return int(text)
+
+
 def loads(data: bytes, *, floats: bool) -> Any:
-    """Parse one JSON value. raises Malformed"""
+    """Parse one JSON value. floats=False: all numbers are counts, without sign or point. raises Malformed"""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise Malformed(f"not UTF-8: {error.reason} at byte {error.start}") from None
     try:
-        return json.loads(
+        value = json.loads(
             text,
             object_pairs_hook=_object,
             parse_constant=_constant,
-            parse_float=float if floats else _no_float,
+            # a hook for every number costs a second for a large header: only where a sign may be
+            parse_int=_unsigned if not floats and b"-" in data else None,
+            parse_float=_float if floats else _no_float,
         )
+        if _ESCAPED_SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except json.JSONDecodeError as error:
         raise Malformed(f"not JSON: {error.msg} at character {error.pos}") from None
+    except UnicodeEncodeError:
+        raise Malformed("an escape that stands for half a character") from None
     except RecursionError:
         raise Malformed("nested too deeply") from None
+    except MemoryError:
+        raise Malformed("too large for this machine's memory") from None
     except ValueError as error:
         if isinstance(error, Malformed):
             raise

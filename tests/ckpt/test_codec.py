@@ -577,7 +577,7 @@ def test_unit_scale_decodes_codes_to_themselves() -> None:
 
 
 def bits_of(values: list[float] | np.ndarray) -> np.ndarray:
-    return codec.bf16_bits(torch.tensor(np.asarray(values, dtype=np.float64))).numpy().view(np.uint16)
+    return codec.bf16_bits(torch.tensor(np.asarray(values, dtype=np.float64))).bits.numpy().view(np.uint16)
 
 
 def test_bf16_bits_of_every_bfloat16_is_itself() -> None:
@@ -617,7 +617,7 @@ def test_bf16_bits_of_special_values() -> None:
 
 
 def test_bf16_bits_keeps_the_shape() -> None:
-    assert codec.bf16_bits(torch.ones(2, 3, 4, dtype=torch.float64)).shape == (2, 3, 4)
+    assert codec.bf16_bits(torch.ones(2, 3, 4, dtype=torch.float64)).bits.shape == (2, 3, 4)
 
 
 # ---- counting

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsv4ckpt import outdir, plan, run, source, survey
+from dsv4ckpt import outdir, plan, run, sample, source, survey
 from dsv4ckpt.errors import ForeignOutput, Interrupted, NoSpace, NotFinite, SourceChanged
 from dsv4ckpt.formats import Storage
 from dsv4ckpt.names import Namespace
@@ -234,6 +234,36 @@ def test_convert_source_touched_meanwhile_is_noticed(sample_of: Sample, tmp_path
     with pytest.raises(SourceChanged, match="model-00003"):
         run.execute(made, checkpoint, str(tmp_path / "out"), on_event=touch)
     assert not (tmp_path / "out" / "dsv4.manifest.json").exists()
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with the very headers of the flash sample and other values, as two revisions of a release are."""
+    directory = tmp_path_factory.mktemp("twin") / "flash"
+    sample.write_sample(sample.plan_sample(sample.SampleOptions(seed=1)), str(directory))
+    return directory
+
+
+def test_convert_another_source_with_equal_headers_is_not_taken_for_complete(
+    sample_of: Sample, twin: Path, convert: Convert, tmp_path: Path
+) -> None:
+    convert(sample_of("flash"), tmp_path / "out")
+    with pytest.raises(ForeignOutput, match="another source with the same headers"):
+        convert(twin, tmp_path / "out")
+
+
+def test_convert_another_source_with_equal_headers_does_not_continue_the_first_one(
+    sample_of: Sample, twin: Path, convert: Convert, tmp_path: Path
+) -> None:
+    """The output would be a mixture of two models, and no later check would notice."""
+    checkpoint = source.open_checkpoint(str(sample_of("flash")))
+    made = plan.make_plan(survey.survey(checkpoint), ConvertOptions())
+    stopper = Stopper(150)
+    with pytest.raises(Interrupted):
+        run.execute(made, checkpoint, str(tmp_path / "out"), on_event=stopper, stop=stopper.stop)
+    assert list((tmp_path / "out").glob("*.safetensors"))
+    with pytest.raises(ForeignOutput, match="not those that the unfinished run read"):
+        convert(twin, tmp_path / "out")
 
 
 # ---- values that are no numbers

@@ -321,11 +321,12 @@ def test_journal_line_whose_file_is_gone_is_ignored(tmp_path: Path) -> None:
 
 
 def test_journal_line_of_a_file_that_the_plan_does_not_make_is_ignored(tmp_path: Path) -> None:
-    with_two_files(tmp_path)
+    with_two_files(tmp_path / "out")
+    (tmp_path / "outside").write_bytes(b"four")
     line = json.dumps(["../outside", 4, "00", {}])
-    with journal(tmp_path).open("ab") as file:
+    with journal(tmp_path / "out").open("ab") as file:
         file.write(f"{zlib.crc32(line.encode()):08x} {line}\n".encode())
-    assert finished(tmp_path) == {"a.safetensors", "b.safetensors"}
+    assert finished(tmp_path / "out") == {"a.safetensors", "b.safetensors"}
 
 
 @pytest.mark.parametrize(

@@ -52,11 +52,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="session")
+def plan_of(survey_of: SurveyOf) -> Callable[[str, str], Plan]:
+    """The plan of a release's tiny sample with one of the sets of options."""
+    return functools.cache(
+        lambda release, variant: make_plan(survey_of(release), ConvertOptions(**VARIANTS[variant]))
+    )
+
+
 @pytest.fixture(params=[f"{release}, {variant}" for release in RELEASES for variant in VARIANTS])
-def planned(request: pytest.FixtureRequest, survey_of: SurveyOf) -> tuple[Survey, Plan]:
+def planned(
+    request: pytest.FixtureRequest, survey_of: SurveyOf, plan_of: Callable[[str, str], Plan]
+) -> tuple[Survey, Plan]:
     """Every release with every set of options."""
     release, variant = request.param.split(", ")
-    return survey_of(release), make_plan(survey_of(release), ConvertOptions(**VARIANTS[variant]))
+    return survey_of(release), plan_of(release, variant)
 
 
 def header_of(file: PlannedFile) -> tuple[int, dict[str, dict[str, Any]]]:

@@ -182,7 +182,7 @@ def test_identify_unknown_mixture_is_refused(release: str, owner: str, leaf: str
 )
 def test_identify_unknown_geometry_is_refused(owner: str, shape: tuple[int, ...]) -> None:
     seen = {
-        name: value._replace(shape=shape) if f".ffn.{owner}." in name and name.endswith("w1.scale") else value
+        name: value._replace(shape=shape) if f".ffn.{owner}." in name and name.endswith(".scale") else value
         for name, value in headers("flash").items()
     }
     with pytest.raises(UnknownRelease):

@@ -164,7 +164,7 @@ def test_read_into_short_reads_are_continued(
 def test_read_exactly_beyond_the_end_raises_source_changed(opened: tuple[Path, int]) -> None:
     path, fd = opened
     path.write_bytes(b"12345")
-    with pytest.raises(SourceChanged, match="ended while it was read") as raised:
+    with tiny.at_most(10), pytest.raises(SourceChanged, match="ended while it was read") as raised:
         shard.read_exactly(fd, 6, 0, "file")
     assert raised.value.facts["found"] == "5 bytes"
 
@@ -183,7 +183,7 @@ def test_read_header_of_a_file_truncated_meanwhile_raises_source_changed(
         return status
 
     monkeypatch.setattr(os, "fstat", shrinking)
-    with pytest.raises(SourceChanged):
+    with tiny.at_most(10), pytest.raises(SourceChanged):
         shard.read_header(fd, "file")
 
 

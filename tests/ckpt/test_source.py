@@ -196,7 +196,7 @@ CARRIED = (
 )  # fmt: skip
 LEFT = (
     ".gitattributes", ".x.json", "a.py", "modeling.py", "x.bin", "x.pt", "x.pkl", "x", "x.json.bak", "LICENSES/a",
-    "assets/a.json", "encoding/x.bin", "inference/.x.json", "x.gguf", "a\tb.json",
+    "assets/a.json", "encoding/x.bin", "inference/.x.json", "x.gguf",
 )  # fmt: skip
 
 
