@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-from . import formats, shard, source, strictjson
+from . import contained, formats, shard, strictjson
 from .errors import BadManifest, UnsafePath
 from .formats import MANIFEST_NAME
 
@@ -47,7 +47,7 @@ def read_manifest(directory: str, *, follow_links: bool = False) -> Manifest | N
     """Read a directory's manifest; None if it has none. raises BadManifest, UnsafePath, Environment"""
     if not os.path.lexists(os.path.join(directory, MANIFEST_NAME)):
         return None
-    with source.opened(directory, MANIFEST_NAME, follow_links) as fd:
+    with contained.opened(directory, MANIFEST_NAME, follow_links) as fd:
         size = os.fstat(fd).st_size
         if size > formats.MAX_INDEX_BYTES:
             raise _bad("too large", f"at most {formats.MAX_INDEX_BYTES:,} bytes", f"{size:,} bytes")

@@ -7,53 +7,23 @@ Uniqueness of temporary names and determinism make two runs harmless even where 
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
-import mmap
 import os
 import secrets
 import socket
 import zlib
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Any, NamedTuple
 
-from .errors import Busy, Environment, ForeignOutput, NoSpace, printable
+from .errors import Busy, ForeignOutput, printable
 from .formats import MANIFEST_NAME, WORK_NAME
+from .sink import FileSink, Receipt, io_errors
 
-_SLAB_BYTES = 8 * 1024 * 1024  # a multiple of any block device's alignment
-_NUM_SLABS = 3  # one filled, one hashed and written, one on its way between
-_ALIGNMENT = 4096
 _OUR_WORK_FILES = ("plan", "journal", "lock")
-
-
-class Receipt(NamedTuple):
-    """What a finished file is. `notes` are the writer's own words about it, kept in the journal."""
-
-    name: str
-    size: int
-    sha256: str
-    notes: dict[str, Any]
-
-
-@contextlib.contextmanager
-def io_errors(name: str) -> Iterator[None]:
-    """OSError -> NoSpace or Environment, naming the file relative to the output."""
-    try:
-        yield
-    except OSError as error:
-        reason = os.strerror(error.errno or errno.EIO)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise NoSpace(
-                f"the output cannot grow: {reason}",
-                file=name,
-                do="make room, then give the same command again: finished files are kept",
-            ) from None
-        raise Environment(f"cannot write: {reason}", file=name) from None
 
 
 class OutDir:
@@ -179,13 +149,15 @@ class OutDir:
 
     def new_file(self, name: str, size: int) -> FileSink:
         """A file of exactly `size` bytes that appears under `name` when the `with` block ends well."""
-        return FileSink(self, name, size)
+        with io_errors(name):
+            temporary = self._temporary(name)
+        return FileSink(name, size, temporary, functools.partial(self._publish, journal=True))
 
     def publish_bytes(self, name: str, data: bytes, *, journal: bool = True) -> Receipt:
         """Write a small file through the same protocol."""
         with io_errors(name):
             parent = os.path.join(self.path, os.path.dirname(name))
-            os.makedirs(parent, exist_ok=True)
+            _make_directory(parent)
             if os.path.realpath(parent) != os.path.normpath(
                 os.path.join(os.path.realpath(self.path), os.path.dirname(name))
             ):
@@ -264,7 +236,7 @@ def open_outdir(path: str, plan_sha256: str, known: set[str], source_sha256: str
     """
     with io_errors("."):
         existed = os.path.isdir(path)
-        os.makedirs(path, exist_ok=True)
+        _make_directory(path)
         out = OutDir(
             path, plan_sha256, source_sha256, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         )
@@ -281,128 +253,6 @@ def open_outdir(path: str, plan_sha256: str, known: set[str], source_sha256: str
         out.close()
 
 
-class FileSink:
-    """Streams one output file through reused aligned slabs; hashing and writing run beside the producer.
-
-    Direct I/O where the file system allows it, so that write-back neither throttles us nor evicts other people's
-    cache; elsewhere buffered, with each slab written back early and dropped.
-    """
-
-    def __init__(self, out: OutDir, name: str, size: int) -> None:
-        self._out = out
-        self._name = name
-        self._size = size
-        self._sha256 = hashlib.sha256()
-        self._written = 0
-        self._filled = 0
-        self.notes: dict[str, Any] = {}
-
-    def __enter__(self) -> FileSink:
-        with io_errors(self._name):
-            self._temporary = self._out._temporary(self._name)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._fd, self._direct = _open_direct(self._temporary, flags)
-            try:
-                if self._direct and self._size:
-                    _reserve(self._fd, self._size)
-                slab = min(_SLAB_BYTES, -(-self._size // _ALIGNMENT) * _ALIGNMENT)
-                self._slabs = [mmap.mmap(-1, max(slab, _ALIGNMENT)) for _ in range(_NUM_SLABS)]
-                self._pending: list[concurrent.futures.Future[None] | None] = [None] * _NUM_SLABS
-                self._current = 0
-                self._pool = concurrent.futures.ThreadPoolExecutor(1)
-            except BaseException:
-                os.close(self._fd)
-                os.unlink(self._temporary)
-                raise
-        return self
-
-    def room(self) -> memoryview:
-        """What is left of the current slab, to be filled from its start."""
-        if self._filled == len(self._slabs[self._current]):
-            self._flush()
-        return memoryview(self._slabs[self._current])[self._filled :]
-
-    def advance(self, count: int) -> None:
-        """`count` bytes of `room` were filled."""
-        self._filled += count
-
-    def write(self, data: memoryview | bytes) -> None:
-        """Append a copy of `data`."""
-        view = memoryview(data)
-        while view:
-            room = self.room()
-            count = min(len(room), len(view))
-            room[:count] = view[:count]
-            self.advance(count)
-            view = view[count:]
-
-    def _flush(self) -> None:
-        """Hand the current slab to the writing thread and wait until the next one is free."""
-        slab, count, offset = self._slabs[self._current], self._filled, self._written
-        self._pending[self._current] = self._pool.submit(self._hash_and_write, slab, count, offset)
-        self._written += count
-        self._filled = 0
-        self._current = (self._current + 1) % _NUM_SLABS
-        waiting = self._pending[self._current]
-        if waiting is not None:
-            waiting.result()
-
-    def _hash_and_write(self, slab: mmap.mmap, count: int, offset: int) -> None:
-        whole = memoryview(slab)
-        self._sha256.update(whole[:count])
-        padded = -(-count // _ALIGNMENT) * _ALIGNMENT if self._direct else count
-        view = whole[:padded]
-        with io_errors(self._name):
-            done = 0
-            while done < padded:
-                done += os.pwrite(self._fd, view[done:], offset + done)
-            if not self._direct and hasattr(os, "posix_fadvise"):
-                # the first call starts write-back of this slab, the second drops the one before the last
-                os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_DONTNEED)
-                behind = max(0, offset - 2 * len(slab))
-                os.posix_fadvise(self._fd, behind, len(slab), os.POSIX_FADV_DONTNEED)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._publish()
-        finally:
-            self._discard()
-
-    def _publish(self) -> None:
-        if self._filled:
-            self._flush()
-        for waiting in self._pending:
-            if waiting is not None:
-                waiting.result()
-        with io_errors(self._name):
-            os.ftruncate(self._fd, self._written)
-            os.fsync(self._fd)
-            fd, self._fd = self._fd, -1
-            os.close(fd)
-            if self._written != self._size:
-                raise Environment(
-                    "the file did not come out as planned",
-                    file=self._name,
-                    expected=f"{self._size:,} bytes",
-                    found=f"{self._written:,} bytes",
-                    do="please report this",
-                )
-            receipt = Receipt(self._name, self._written, self._sha256.hexdigest(), self.notes)
-            self._out._publish(self._temporary, receipt, journal=True)
-
-    def _discard(self) -> None:
-        """Release everything; a temporary file that was not published is removed."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        with contextlib.suppress(OSError):
-            if self._fd >= 0:
-                os.close(self._fd)
-        with contextlib.suppress(OSError):
-            os.unlink(self._temporary)
-
-
 def free_bytes(path: str) -> int:
     """Free space, for us, of the file system that holds `path` or its nearest existing parent."""
     path = os.path.abspath(path)
@@ -413,26 +263,17 @@ def free_bytes(path: str) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def _reserve(fd: int, size: int) -> None:
-    """Ask for the space at once: less fragmentation, and a full disk is noticed early. Some file systems cannot."""
-    try:
-        os.posix_fallocate(fd, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-
-
-def _open_direct(path: str, flags: int) -> tuple[int, bool]:
-    direct = getattr(os, "O_DIRECT", 0)
-    if direct:
-        try:
-            return os.open(path, flags | direct, 0o666), True
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            with contextlib.suppress(FileNotFoundError):  # some kernels create the file before they refuse
-                os.unlink(path)
-    return os.open(path, flags, 0o666), False
+def _make_directory(path: str) -> None:
+    """Create a directory and its parents, and make every new name durable."""
+    path = os.path.abspath(path)
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for new in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(new)
+        _sync_directory(os.path.dirname(new))
 
 
 def _sync_directory(path: str) -> None:

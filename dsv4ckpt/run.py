@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import __version__, codec, formats, outdir, source, strictjson
+from . import __version__, codec, contained, formats, outdir, strictjson
 from .errors import ForeignOutput, Interrupted, NoSpace, NotFinite, SourceChanged
 from .formats import INDEX_NAME
 from .manifest import read_manifest
-from .outdir import FileSink, OutDir, Receipt
+from .outdir import OutDir
 from .plan import Op, Plan, PlannedFile, PlannedTensor, Step, space_needed
+from .sink import FileSink, Receipt
 from .source import Checkpoint, Reader
 from .threads import one_torch_thread
 
@@ -126,7 +127,12 @@ def _already_complete(plan: Plan, checkpoint: Checkpoint, path: str) -> Summary 
     found = read_manifest(path)
     if found is None or found.plan_sha256 != plan.sha256:
         return None
-    if any(source.size_of(path, file.name, follow_links=False) != file.size for file in found.files):
+    planned = {(file.name, file.size) for file in plan.files}
+    planned |= {(name, len(data)) for name, data in plan.written.items()}
+    planned |= {(name, size) for name, size, _ in plan.copied}
+    if {(file.name, file.size) for file in found.files} != planned:
+        return None
+    if any(contained.size_of(path, file.name, follow_links=False) != file.size for file in found.files):
         return None
     for name, sampled in found.samples.items():
         if checkpoint.sample_sha256(name) != sampled:

@@ -19,6 +19,9 @@ from .formats import Shape
 
 _LENGTH = struct.Struct("<Q")
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+_BYTES_PER_BRACKET = (
+    12  # the shortest entry has 51 bytes and 3 opening brackets; parsing nests of them takes gigabytes
+)
 _ALIGNMENT = 8  # bytes; where the reference writer starts the data, so every element is aligned
 
 
@@ -67,6 +70,8 @@ def parse_header(prefixed: bytes, file_size: int, file: str) -> Header:
         _refuse(file, "the header is no JSON object", expected="'{'", found=repr(raw[:8]))
     if raw.rstrip(b" ")[-1:] != b"}":  # H4
         _refuse(file, "something but blanks follows the header's JSON")
+    if (raw.count(b"[") + raw.count(b"{")) * _BYTES_PER_BRACKET > len(raw) + 1000:
+        _refuse(file, "the header is malformed: more brackets than any table of tensors has")
     try:
         document = strictjson.loads(raw, floats=False)  # H4 H5 H6 H14
     except strictjson.Malformed as error:

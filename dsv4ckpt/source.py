@@ -8,24 +8,23 @@ Rules I1-I6 are numbered where they are enforced.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 from . import config as configs
 from . import formats, shard, strictjson
-from .errors import BadConfig, BadIndex, Environment, MissingFile, SourceChanged, UnsafePath, printable
+from .contained import io_errors, open_regular, opened
+from .errors import BadConfig, BadIndex, MissingFile, SourceChanged, UnsafePath, printable
 from .formats import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from .release import Seen
 from .shard import Entry, Header
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
-_MAX_DEPTH = 8
+_MAX_DEPTH, _MAX_PROBLEMS = 8, 1000
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 1024  # of a shard, to tell revisions with equal headers apart
 _CODE_DIRECTORIES = ("encoding", "inference")
 _CARRIED_SUFFIXES = (".json", ".txt", ".md", ".jinja", ".model", ".tiktoken", ".pdf", ".yaml", ".yml")
@@ -180,7 +179,7 @@ class Reader:
         fd = self._fds.get(name)
         if fd is None:
             with io_errors(name):
-                fd = _open(self._checkpoint.directory, name, self._checkpoint.follow_links)
+                fd = open_regular(self._checkpoint.directory, name, self._checkpoint.follow_links)
             self._fds[name] = fd
             _require_same(self._checkpoint.shards[name], os.fstat(fd))
         return fd
@@ -241,7 +240,7 @@ def _open_directory(path: str, follow_links: bool) -> Checkpoint:
             found=f"{len(present)} other entries",
             do="name the directory that holds the checkpoint",
         )
-    absent = [name for name in wanted if name not in set(present)]
+    absent = sorted(set(wanted) - set(present))
     if absent:
         raise MissingFile(
             f"{len(absent)} of {len(wanted)} shards that the index names are not here",
@@ -314,6 +313,8 @@ def _add_shard(checkpoint: Checkpoint, name: str) -> None:
 def _compare_with_index(checkpoint: Checkpoint, weight_map: dict[str, str], strays: list[str]) -> None:  # I4
     problems = checkpoint.problems
     for tensor, name in weight_map.items():
+        if len(problems) >= _MAX_PROBLEMS:  # enough to see what is wrong; a hostile index could name millions
+            return
         place = checkpoint.tensors.get(tensor)
         if place is None or (place.shard != name and tensor not in checkpoint.shards[name].header.entries):
             found = f"it stands in {place.shard}" if place else "it stands in no shard"
@@ -336,90 +337,6 @@ def _compare_with_index(checkpoint: Checkpoint, weight_map: dict[str, str], stra
                 do="move it away: programs that read every *.safetensors would mix it in",
             )
         )
-
-
-# ---- containment
-
-
-@contextlib.contextmanager
-def io_errors(name: str) -> Iterator[None]:
-    """OSError -> Environment, naming the file relative to the checkpoint."""
-    try:
-        yield
-    except OSError as error:
-        raise Environment(f"cannot read: {os.strerror(error.errno or errno.EIO)}", file=name) from None
-
-
-@contextlib.contextmanager
-def opened(directory: str, name: str, follow_links: bool) -> Iterator[int]:
-    """A regular file below `directory`, open for reading. raises UnsafePath, Environment"""
-    with io_errors(name):
-        fd = _open(directory, name, follow_links)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-
-
-def _open(directory: str, name: str, follow_links: bool) -> int:
-    """Open a regular file below `directory` for reading. raises UnsafePath, OSError"""
-    path = os.path.join(directory, name)
-    _require_plain_parents(directory, name)
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
-    if os.path.islink(path):  # I3
-        path = _contained_target(directory, name, follow_links)
-    try:
-        fd = os.open(path, flags)
-    except OSError as error:
-        if error.errno not in (errno.ENXIO, errno.ELOOP):  # a socket; a link that was put there meanwhile
-            raise
-        raise _irregular(name) from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise _irregular(name)
-    return fd
-
-
-def _irregular(name: str) -> UnsafePath:
-    return UnsafePath("this is no regular file", file=name, do="remove it from the checkpoint")
-
-
-def _require_plain_parents(directory: str, name: str) -> None:
-    """A linked directory on the way to a file would lead anywhere. raises UnsafePath"""
-    parent = os.path.dirname(name)
-    if parent and os.path.realpath(os.path.join(directory, parent)) != os.path.join(
-        os.path.realpath(directory), parent
-    ):
-        raise UnsafePath(
-            "a directory on the way to this file is a link, or leads outside",
-            file=name,
-            do="put its target in its place",
-        )
-
-
-def size_of(directory: str, name: str, follow_links: bool) -> int | None:
-    """Size of a file below `directory`; None if it is missing. raises UnsafePath, Environment"""
-    _require_plain_parents(directory, name)
-    if not os.path.lexists(os.path.join(directory, name)):
-        return None
-    with opened(directory, name, follow_links) as fd:
-        return os.fstat(fd).st_size
-
-
-def _contained_target(directory: str, name: str, follow_links: bool) -> str:
-    target = os.path.realpath(os.path.join(directory, name))
-    allowed = [os.path.realpath(directory)]
-    cache = os.path.dirname(os.path.dirname(allowed[0]))  # the Hub cache: models--*/snapshots/REVISION
-    if os.path.basename(cache).startswith("models--"):
-        allowed.append(os.path.join(cache, "blobs"))
-    if not follow_links and not any(os.path.commonpath([target, root]) == root for root in allowed):
-        raise UnsafePath(
-            "this link leads outside the checkpoint",
-            file=name,
-            expected="a target in the directory itself, or in the Hub cache that it belongs to",
-            do="if you made the link yourself: --follow-symlinks",
-        )
-    return target
 
 
 def _stamp(status: os.stat_result) -> Stamp:

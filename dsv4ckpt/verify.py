@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from . import shard, source
+from . import contained, shard
 from .errors import MissingFile, Usage
 from .formats import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, WORK_NAME
 from .manifest import Listed, Manifest, read_manifest
@@ -147,13 +147,13 @@ def verify_structure(checkpoint: Checkpoint, *, unit_scales: frozenset[str] = fr
 def _compare_with_manifest(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[Problem]:
     listed = {file.name: file for file in manifest.files}
     for name, file in listed.items():
-        size = source.size_of(checkpoint.directory, name, checkpoint.follow_links)
+        size = contained.size_of(checkpoint.directory, name, checkpoint.follow_links)
         if size is None:
             yield Problem("a file that the manifest lists is missing", name, f"{file.size:,} bytes")
         elif size != file.size:
             what = "a file has not the size that the manifest says"
             yield Problem(what, name, f"{file.size:,} bytes", f"{size:,} bytes")
-    with source.io_errors("."):
+    with contained.io_errors("."):
         present = [name for name in os.listdir(checkpoint.directory) if name.endswith(".safetensors")]
     needed = [CONFIG_NAME, *([INDEX_NAME] if checkpoint.has_index else [])]
     for name in sorted({*present, *checkpoint.shards, *needed} - listed.keys()):
@@ -227,13 +227,13 @@ def _unverifiable(directory: str) -> MissingFile:
 
 
 def _verdict_of_file(directory: str, file: Listed, follow_links: bool, watch: Watch) -> FileVerdict:
-    size = source.size_of(directory, file.name, follow_links)
+    size = contained.size_of(directory, file.name, follow_links)
     if size != file.size:
         watch.read(file.size)
         found = None if size is None else f"{size:,} bytes"
         return FileVerdict(file.name, "differs" if found else "missing", f"{file.size:,} bytes", found)
     digest, buffer = hashlib.sha256(), memoryview(bytearray(min(size, _HASH_BYTES)))
-    with source.opened(directory, file.name, follow_links) as fd:
+    with contained.opened(directory, file.name, follow_links) as fd:
         for offset in range(0, size, _HASH_BYTES):
             view = buffer[: size - offset]
             shard.read_into(fd, view, offset, file.name)

@@ -28,15 +28,17 @@ MAY_IMPORT = {
     "codec": {"formats"},
     "decode_plain": {"formats"},
     "shard": {"errors", "formats", "strictjson"},
-    "outdir": {"errors", "formats", "strictjson"},
+    "sink": {"errors"},
+    "contained": {"errors"},
+    "outdir": {"errors", "formats", "sink", "strictjson"},
     "config": {"errors", "formats", "strictjson"},
     "inventory": {"config", "formats", "names"},
     "release": {"config", "errors", "formats", "inventory", "names"},
-    "source": {"config", "errors", "formats", "release", "shard", "strictjson"},
+    "source": {"config", "contained", "errors", "formats", "release", "shard", "strictjson"},
     "survey": {"config", "errors", "formats", "inventory", "names", "release", "source"},
     "tokenizer": {"strictjson"},
     "threads": set[str](),
-    "manifest": {"errors", "formats", "shard", "source", "strictjson"},
+    "manifest": {"contained", "errors", "formats", "shard", "strictjson"},
 }
 # Modules that see much; these rooms stay closed to them.
 MAY_NOT_IMPORT = {

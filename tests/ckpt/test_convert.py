@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsv4ckpt import outdir, plan, run, sample, source, survey
+from dsv4ckpt import outdir, plan, run, sample, sink, source, survey
 from dsv4ckpt.errors import ForeignOutput, Interrupted, NoSpace, NotFinite, SourceChanged
 from dsv4ckpt.formats import Storage
 from dsv4ckpt.names import Namespace
@@ -114,7 +114,7 @@ def test_convert_buffered_io_gives_the_same_bytes_as_direct_io(
     sample_of: Sample, convert: Convert, tree_of: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(sample_of("flash"), tmp_path / "direct")
-    monkeypatch.setattr(outdir, "_open_direct", lambda path, flags: (os.open(path, flags, 0o666), False))
+    monkeypatch.setattr(sink, "_open_direct", lambda path, flags: (os.open(path, flags, 0o666), False))
     convert(sample_of("flash"), tmp_path / "buffered")
     assert tree_of(tmp_path / "direct") == tree_of(tmp_path / "buffered")
 
@@ -186,6 +186,18 @@ def test_convert_complete_output_is_not_written_again(
     summary = convert(sample_of("flash"), tmp_path / "out")
     assert summary.num_resumed == 7
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")}
+
+
+def test_convert_finished_output_whose_manifest_lists_no_files_is_not_taken_for_complete(
+    sample_of: Sample, convert: Convert, tmp_path: Path
+) -> None:
+    convert(sample_of("flash"), tmp_path / "out")
+    manifest = tmp_path / "out" / "dsv4.manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"files": []}))
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(ForeignOutput):
+        convert(sample_of("flash"), tmp_path / "out")
 
 
 def test_convert_other_options_into_a_used_directory_is_refused(

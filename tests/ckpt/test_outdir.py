@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from dsv4ckpt import outdir
+from dsv4ckpt import outdir, sink
 from dsv4ckpt.errors import EXIT_BUSY, EXIT_ENVIRONMENT, Busy, Dsv4Error, Environment, ForeignOutput, NoSpace
 
 PLAN = "ab" * 32
@@ -32,7 +32,7 @@ NAMES = {"a.safetensors", "b.safetensors", "config.json", "inference/config.json
 def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to write; the first as the file system allows it."""
     if request.param == "buffered":
-        monkeypatch.setattr(outdir, "_open_direct", lambda path, flags: (os.open(path, flags, 0o666), False))
+        monkeypatch.setattr(sink, "_open_direct", lambda path, flags: (os.open(path, flags, 0o666), False))
     return str(request.param)
 
 
@@ -427,14 +427,18 @@ def test_file_of_somebody_else_in_the_work_directory_survives(name: str, tmp_pat
     assert mine.read_bytes() == b"precious"
 
 
-def test_work_directory_that_is_a_link_is_refused_and_its_target_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["precious", "lock", "journal", "plan"])
+def test_work_directory_that_is_a_link_is_refused_and_its_target_left_alone(
+    name: str, tmp_path: Path
+) -> None:
     (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "precious").write_bytes(b"precious")
+    (tmp_path / "home" / name).write_bytes(b"precious")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / outdir.WORK_NAME).symlink_to(tmp_path / "home")
     with pytest.raises(Dsv4Error), opened(tmp_path / "out") as out:
         out.finish(b"{}")
-    assert listing(tmp_path / "home") == ["precious"]
+    assert listing(tmp_path / "home") == [name]
+    assert (tmp_path / "home" / name).read_bytes() == b"precious"
 
 
 @pytest.mark.parametrize("name", ["lock", "journal", "plan"])

@@ -516,3 +516,12 @@ def test_read_header_of_5000_generated_files_agrees_with_the_reference_on_what_i
         document = with_fault(document, fault, odd)
     header = json.dumps(document, ensure_ascii=escaped).encode("utf-8", "surrogatepass")
     assert not disagreement(memory, packed(header, bytes(size + (1 if fault == "data" else 0))))
+
+
+def test_read_header_of_99_megabytes_of_brackets_is_refused_before_it_is_parsed(memory: int) -> None:
+    """Parsing them would take ten seconds and a gigabyte."""
+    header = b'{"a":[' + b"[]," * 33_000_000 + b"[]]}"
+    began = time.monotonic()
+    with pytest.raises(BadHeader, match="more brackets"):
+        shard.parse_header(struct.pack("<Q", len(header)) + header, 8 + len(header), "x.safetensors")
+    assert time.monotonic() - began < 5

@@ -410,7 +410,8 @@ def test_convert_opens_nothing_outside_source_and_output(checkpoint: Path, tmp_p
     made = plan.make_plan(tiny.survey_of(checkpoint), plan.ConvertOptions())
     with tiny.recorded_opens() as opened:
         run.execute(made, read, str(tmp_path / "out"), num_workers=1)
-    assert tiny.outside(opened, checkpoint, tmp_path / "out") == []
+    # the output's parent is opened once, to make the output's own name durable
+    assert set(tiny.outside(opened, checkpoint, tmp_path / "out")) <= {str(tmp_path)}
 
 
 def test_corpus_holds_at_least_30_cases() -> None:
