@@ -160,7 +160,8 @@ def _shrunk(document: dict[str, Any], options: SampleOptions) -> dict[str, Any]:
     if "num_hash_layers" in text:
         text["num_hash_layers"] = min(text["num_hash_layers"], layers)
     if "dspark_block_size" in text:
-        text["dspark_target_layer_ids"] = list(range(max(0, layers - 3), layers))
+        # always three taps, as in the releases; with fewer layers the first is tapped more than once
+        text["dspark_target_layer_ids"] = [max(0, layer) for layer in range(layers - 3, layers)]
     if text["num_experts_per_tok"] > text["n_routed_experts"]:
         raise Usage("too few experts", expected=f"at least {text['num_experts_per_tok']}")
     if document["model_type"] == configs.V41:
