@@ -249,8 +249,9 @@ class _Worker:
             count = min(len(room) // width * width or 1, end - offset, _COPY_BYTES)
             self._reader.read_into(step.source, room[:count], offset)
             if dtype is not None and count % width == 0:
-                values = torch.frombuffer(bytearray(room[:count]), dtype=dtype)
-                self._note(step, values, codec.count_not_finite(values), offset // step.row_bytes)
+                values = torch.frombuffer(room[:count], dtype=dtype)
+                first = (offset - step.begin * step.row_bytes) // width
+                self._note(step, values, codec.count_not_finite(values), first, step.row_bytes // width)
             self._sink.advance(count)
             self._on_event(Wrote(count))
             offset += count
@@ -292,7 +293,7 @@ class _Worker:
         self._notes["not_exact"] += decoded.num_inexact
         if decoded.num_not_finite:
             self._require_finite_scales(step, scales, block_row)
-            self._note(step, out, decoded.num_not_finite, row)
+            self._note(step, out, decoded.num_not_finite, row * out.shape[1], out.shape[1])
 
     def _read(self, scratch: _Scratch, name: str, first: int, rows: int, row_bytes: int) -> Tensor:
         data = scratch.take(rows * row_bytes)
@@ -311,22 +312,23 @@ class _Worker:
             at_row, at_col = bad.nonzero()[0].tolist()
             raise NotFinite(
                 f"a scale of {step.name!r} is NaN or infinite",
-                file=str(step.scale),
+                file=self._reader.shard_of(str(step.scale)),
                 found=f"block ({block_row + at_row}, {at_col}), {int(bad.sum())} in its rows",
                 do=f"download the shard again; to convert it as it is: --allow-nan {step.name}",
             )
 
-    def _note(self, step: Step, values: Tensor, num_not_finite: int, first_row: int) -> None:
+    def _note(self, step: Step, values: Tensor, num_not_finite: int, first: int, cols: int) -> None:
+        """Count NaN and infinities where they are allowed. `first`: number of the first value within its tensor."""
         if not num_not_finite:
             return
         if step.name not in self._allow_nan:
-            position = int((~values.view(-1).isfinite()).nonzero()[0])
-            row, col = divmod(position, values.shape[-1]) if values.dim() > 1 else (0, position)
-            block = f", block ({(first_row + row) // step.block.rows}, {col // step.block.cols})"
+            position = first + int((~values.view(-1).isfinite()).nonzero()[0])
+            row, col = divmod(position, cols)
+            block = f", block ({row // step.block.rows}, {col // step.block.cols})"
             raise NotFinite(
                 f"{step.name!r} holds NaN or infinite values",
-                file=step.source,
-                found=f"the first at row {first_row + row}, column {col}{block if step.op is not Op.COPY else ''}",
+                file=self._reader.shard_of(step.source),
+                found=f"the first at row {row}, column {col}{block if step.op is not Op.COPY else ''}",
                 do=f"download the shard again; to convert it as it is: --allow-nan {step.name}",
             )
         self._notes["not_finite"] += num_not_finite

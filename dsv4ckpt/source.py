@@ -159,6 +159,10 @@ class Reader:
         with io_errors(place.shard):
             shard.read_into(self._fd(place.shard), view, place.entry.begin + offset, place.shard)
 
+    def shard_of(self, name: str) -> str:
+        """The file that holds tensor `name`."""
+        return self._checkpoint.tensors[name].shard
+
     def will_need(self, name: str, offset: int, size: int) -> None:
         """Tell the kernel to start reading a range of tensor `name`."""
         place = self._checkpoint.tensors[name]

@@ -300,13 +300,31 @@ def poke(row: int, col: int, byte: int) -> Callable[[torch.Tensor], None]:
 
 
 @pytest.mark.parametrize(
-    ("name", "stored", "where", "byte"),
+    ("name", "stored", "where", "byte", "found"),
     [
-        ("layers.1.ffn.experts.3.w2.weight", "layers.1.ffn.experts.3.w2.scale", (7, 2), 0xFF),
-        ("layers.2.attn.wq_b.weight", "layers.2.attn.wq_b.scale", (1, 0), 0xFF),
-        ("layers.2.attn.wq_b.weight", "layers.2.attn.wq_b.weight", (130, 5), 0x7F),
-        ("layers.1.ffn.experts.3.w2.weight", "layers.1.ffn.experts.3.w2.scale", (7, 2), 254),
-        ("layers.0.ffn.gate.weight", "layers.0.ffn.gate.weight", (2, 1), 0x7F),
+        ("layers.1.ffn.experts.3.w2.weight", "layers.1.ffn.experts.3.w2.scale", (7, 2), 0xFF, "block (7, 2)"),
+        ("layers.2.attn.wq_b.weight", "layers.2.attn.wq_b.scale", (1, 0), 0xFF, "block (1, 0)"),
+        (
+            "layers.2.attn.wq_b.weight",
+            "layers.2.attn.wq_b.weight",
+            (130, 5),
+            0x7F,
+            "the first at row 130, column 5, block (1, 0)",
+        ),
+        (
+            "layers.1.ffn.experts.3.w2.weight",
+            "layers.1.ffn.experts.3.w2.scale",
+            (7, 2),
+            254,
+            "the first at row 7, column ",
+        ),
+        (
+            "layers.0.ffn.gate.weight",
+            "layers.0.ffn.gate.weight",
+            (2, 1),
+            0x7F,
+            "the first at row 2, column 0",
+        ),
     ],
 )
 def test_convert_nan_or_infinity_is_refused_by_name_and_place(
@@ -314,6 +332,7 @@ def test_convert_nan_or_infinity_is_refused_by_name_and_place(
     stored: str,
     where: tuple[int, int],
     byte: int,
+    found: str,
     sample_of: Sample,
     convert: Convert,
     tmp_path: Path,
@@ -330,7 +349,8 @@ def test_convert_nan_or_infinity_is_refused_by_name_and_place(
     with pytest.raises(NotFinite) as caught:
         convert(src, tmp_path / "out")
     assert name in str(caught.value)
-    assert str(where[0]) in caught.value.facts["found"]
+    assert caught.value.facts["found"].startswith(found)
+    assert caught.value.facts["file"].endswith(".safetensors")
     assert f"--allow-nan {name}" in caught.value.facts["do"]
     assert not (tmp_path / "out" / "dsv4.manifest.json").exists()
     summary = convert(src, tmp_path / "allowed", allow_nan=frozenset({name}))
