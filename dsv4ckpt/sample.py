@@ -98,12 +98,24 @@ def _planned(options: SampleOptions) -> Sample:
     release = RELEASES[options.release]
     document = _shrunk(shipped_config(release.name), options)
     layout = _layout(document, release)
-    groups = [*shard_groups(layout), *([_vision(document)] if release.family.vision else [])]
+    groups = _shards(shard_groups(layout), _vision(document) if release.family.vision else [], release)
     files = []
     for number, group in enumerate(groups, 1):
         ordered = sorted(group, key=lambda t: (-formats.DTYPE_BITS[t.dtype], t.dtype, t.name))
         files.append(SampleFile(f"model-{number:05d}-of-{len(groups):05d}.safetensors", tuple(ordered)))
     return Sample(options, document, layout, tuple(files))
+
+
+def _shards(groups: list[list[Stored]], vision: list[Stored], release: Release) -> list[list[Stored]]:
+    """Which tensors share a shard, as far as known: one layer each; in V4.1 vision and each Engram apart, at the end.
+
+    Vision-Exp has as many shards as 0731, so its vision side stands in one of them.
+    """
+    if release.name == "vision-exp":
+        return [groups[0] + vision, *groups[1:]]
+    engrams = [[t for t in group if ".engram." in t.name] for group in groups]
+    rest = [[t for t in group if ".engram." not in t.name] for group in groups]
+    return [group for group in (*rest, vision, *engrams) if group]
 
 
 def _layout(document: dict[str, Any], release: Release) -> Layout:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsv4ckpt import outdir, plan, run, sample, sink, source, survey
-from dsv4ckpt.errors import ForeignOutput, Interrupted, NoSpace, NotFinite, SourceChanged
+from dsv4ckpt.errors import ForeignOutput, Interrupted, NoSpace, NotConform, NotFinite, SourceChanged
 from dsv4ckpt.formats import Storage
 from dsv4ckpt.names import Namespace
 from dsv4ckpt.plan import ConvertOptions
@@ -462,3 +462,21 @@ def test_convert_layer_subset_runs_in_transformers_like_the_first_layers(
         logits = two(input_ids=ids).logits
     assert torch.equal(seen[0], seen[1])
     assert torch.isfinite(logits).all()
+
+
+def test_convert_checkpoint_without_its_draft_stages_is_refused_until_the_config_says_so(
+    sample_of: Sample, convert: Convert, tmp_path: Path
+) -> None:
+    """What transformers saves has no mtp.*, and a config that still promises them."""
+    src = tmp_path / "src"
+    shutil.copytree(sample_of("flash"), src, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
+    kept = {
+        name: value for name, value in everything(sample_of("flash")).items() if not name.startswith("mtp.")
+    }
+    save_file(kept, src / "model.safetensors")
+    with pytest.raises(NotConform, match=r"mtp\.0\..*\n(.*\n)*.*set num_nextn_predict_layers to 0"):
+        convert(src, tmp_path / "out")
+    config = json.loads((src / "config.json").read_text())
+    (src / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
+    convert(src, tmp_path / "out")
+    assert not [name for name in everything(tmp_path / "out") if name.startswith("mtp.")]
