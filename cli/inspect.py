@@ -43,11 +43,13 @@ def command(src: str, pattern: str | None, follow_links: bool, console: Console)
             _single_file(checkpoint, pattern or "*", console)
             return EXIT_OK
         found = survey.survey(checkpoint)
-    _say(found, console)
+        classes = _classes(found)
+    _say(found, classes, console)
     listed = _list_tensors(checkpoint, pattern, console) if pattern else None
-    document = _document(found)
-    console.document(document if listed is None else {**document, "listed": listed})
-    return EXIT_OK if document["conform"] else EXIT_BAD_INPUT
+    if console.as_json:
+        document = _document(found, classes)
+        console.document(document if listed is None else {**document, "listed": listed})
+    return EXIT_OK if _conforms(found) else EXIT_BAD_INPUT
 
 
 def _single_file(checkpoint: source.Checkpoint, pattern: str, console: Console) -> None:
@@ -86,7 +88,14 @@ def _list_tensors(checkpoint: source.Checkpoint, pattern: str, console: Console)
     return listed
 
 
-def _classes(found: Survey) -> list[tuple[str, int, int, str]]:
+def _conforms(found: Survey) -> bool:
+    return not found.deviations and not found.checkpoint.problems
+
+
+_Classes = list[tuple[str, int, int, str]]
+
+
+def _classes(found: Survey) -> _Classes:
     """(class, tensors, bytes, stored as) from the largest to the smallest."""
     counts: dict[str, list[int]] = {}
     dtypes: dict[str, set[str]] = {}
@@ -115,7 +124,7 @@ def _draft(found: Survey) -> str:
     return plural(stages, "MTP stage")
 
 
-def _say(found: Survey, console: Console) -> None:
+def _say(found: Survey, classes: _Classes, console: Console) -> None:
     identity, model, checkpoint = found.identity, found.model, found.checkpoint
     console.say(
         f"{identity.release.name}, stored as {identity.storage}, {identity.namespace} names", bold=True
@@ -136,7 +145,7 @@ def _say(found: Survey, console: Console) -> None:
     if identity.storage != "bf16":
         console.say(f"  as BF16   about {human(survey.logical_bytes_bf16(found.logicals))}")
     rows = [("class", "tensors", "bytes", "stored as")]
-    rows += [(group, f"{count:,}", f"{size:,}", dtypes) for group, count, size, dtypes in _classes(found)]
+    rows += [(group, f"{count:,}", f"{size:,}", dtypes) for group, count, size, dtypes in classes]
     console.say("\n" + table(rows))
     rows = [("shard", "tensors", "bytes", "")]
     for item in checkpoint.shards.values():
@@ -180,13 +189,13 @@ def _notes(found: Survey) -> list[str]:
     return notes
 
 
-def _document(found: Survey) -> dict[str, Any]:
+def _document(found: Survey, classes: _Classes) -> dict[str, Any]:
     identity, model, checkpoint = found.identity, found.model, found.checkpoint
     return {
         "release": identity.release.name,
         "storage": identity.storage.value,
         "names": identity.namespace.value,
-        "conform": not found.deviations and not checkpoint.problems,
+        "conform": _conforms(found),
         "layers": model.num_layers,
         "attention": survey.attention_kinds(model),
         "hash_layers": model.num_hash_layers,
@@ -197,7 +206,7 @@ def _document(found: Survey) -> dict[str, Any]:
         "index_total_size": checkpoint.index_total,
         "classes": [
             {"class": group, "tensors": count, "bytes": size, "dtypes": dtypes.split()}
-            for group, count, size, dtypes in _classes(found)
+            for group, count, size, dtypes in classes
         ],
         "shards": [
             {"file": item.name, "tensors": len(item.header.entries), "bytes": item.stamp.size}

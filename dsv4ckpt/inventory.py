@@ -235,8 +235,7 @@ def _experts(prefix: str, num_experts: int, sizes: dict[str, int]) -> Iterator[L
 # ---- layout: logical tensors -> stored tensors
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One logical tensor inside a stored one: rows [begin, begin + rows) of it, its leading dimensions flattened."""
 
     logical: Logical
@@ -244,7 +243,7 @@ class Part:
     rows: int
 
 
-@dataclass
+@dataclass(slots=True)
 class Stored:
     """A tensor as a file must hold it, and the logical tensors it is made of, in order of their rows."""
 

@@ -10,6 +10,7 @@ Source: conversion_mapping.py of transformers 5.23 ("deepseek_v4"), the released
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from enum import StrEnum
 from typing import NamedTuple
@@ -264,17 +265,14 @@ def _compile(patterns: Iterable[tuple[str, dict[str, str], Rename]]) -> _Compile
     return compiled
 
 
+_NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]*)(?=\.)")  # written one way: no 03
+
+
 def _template(name: str) -> tuple[str, list[int]]:
-    """`layers.3.attn_norm.weight` -> (`layers.#.attn_norm.weight`, [3]). Numbers are written one way: no 03."""
-    numbers = []
-    parts = name.split(".")
-    for index, part in enumerate(parts):
-        if part.isascii() and part.isdecimal() and str(int(part)) == part:
-            numbers.append(int(part))
-            parts[index] = "#"
-        elif part == "#":
-            return "", []
-    return ".".join(parts), numbers
+    """`layers.3.attn_norm.weight` -> (`layers.#.attn_norm.weight`, [3])."""
+    if "#" in name:
+        return "", []
+    return _NUMBER.sub("#", name), [int(number) for number in _NUMBER.findall(name)]
 
 
 def _lookup(compiled: _Compiled, name: str) -> Match | None:

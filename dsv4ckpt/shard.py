@@ -8,6 +8,7 @@ Source: safetensors format (README and 0.8.0); rules H1-H14 are numbered where t
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import struct
 from collections.abc import Iterable
@@ -118,11 +119,11 @@ def _entry(name: str, fields: Any, data_start: int, file: str) -> Entry:
         _refuse(file, f"tensor {name!r} has an unknown dtype", found=repr(dtype)[:60])
     if not isinstance(shape, list) or len(shape) > formats.MAX_RANK or not _are_counts(shape):  # H9
         _refuse(file, f"tensor {name!r} has no valid shape", found=repr(shape)[:60])
-    bits = formats.DTYPE_BITS[dtype]
-    for length in shape:
-        bits *= length
-        if bits > formats.MAX_COUNT:
-            _refuse(file, f"tensor {name!r} is larger than any file", found=repr(shape)[:60])
+    bits = formats.DTYPE_BITS[dtype] * math.prod(shape)
+    # also when a later dimension is 0: every partial product must be a count
+    whole = bits or formats.DTYPE_BITS[dtype] * math.prod(length or 1 for length in shape)
+    if whole > formats.MAX_COUNT:
+        _refuse(file, f"tensor {name!r} is larger than any file", found=repr(shape)[:60])
     if not isinstance(offsets, list) or len(offsets) != 2 or not _are_counts(offsets):
         _refuse(file, f"tensor {name!r} has no valid data_offsets", found=repr(offsets)[:60])
     begin, end = offsets

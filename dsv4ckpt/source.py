@@ -8,6 +8,7 @@ Rules I1-I6 are numbered where they are enforced.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
@@ -83,7 +84,7 @@ class Checkpoint:
         """dtype and shape of every stored tensor."""
         return {name: Seen(place.entry.dtype, place.entry.shape) for name, place in self.tensors.items()}
 
-    @property
+    @functools.cached_property
     def total_size(self) -> int:
         """Bytes of tensor data, as the index should say."""
         return sum(place.entry.end - place.entry.begin for place in self.tensors.values())

@@ -77,7 +77,9 @@ def _advice(deviation: Deviation) -> str:
         weight = deviation.name.removesuffix(".scale") + ".weight"
         return f"if the file really stores unscaled FP8: --unit-scale {weight}"
     if deviation.problem == "missing" and deviation.name.startswith("mtp."):
-        return "if it was saved without its draft stages: set num_nextn_predict_layers to 0 in its config.json"
+        return (
+            "if it was saved without its draft stages: set num_nextn_predict_layers to 0 in its config.json"
+        )
     return "dsv4 inspect lists all of them; a complete download of one release has none"
 
 
