@@ -116,7 +116,7 @@ class OutDir:
             self.publish_bytes(os.path.join(WORK_NAME, "plan"), claim, journal=False)
         self._journal_fd = self._open_work("journal")
         self._read_journal(known)
-        self._remove_dead_temporaries()
+        self.remove_dead_temporaries()
 
     def close(self) -> None:
         for fd in (self._journal_fd, self._lock_fd, self._dir_fd):
@@ -215,7 +215,7 @@ class OutDir:
         os.ftruncate(self._journal_fd, good)
         os.lseek(self._journal_fd, 0, os.SEEK_END)
 
-    def _remove_dead_temporaries(self) -> None:
+    def remove_dead_temporaries(self) -> None:
         """Leftovers of a killed run on this host. Another host's, or a living process's, are left alone."""
         for name in os.listdir(self._work):
             parts = name.split(".")
@@ -251,6 +251,25 @@ def open_outdir(path: str, plan_sha256: str, known: set[str], source_sha256: str
         raise
     finally:
         out.close()
+
+
+def remove_leftovers(path: str) -> None:
+    """Remove the work directory of a run that died after its manifest. raises Environment
+
+    Where another process holds the lock, it is about to do that itself.
+    """
+    if not os.path.isdir(os.path.join(path, WORK_NAME)) or os.path.islink(os.path.join(path, WORK_NAME)):
+        return
+    with io_errors(WORK_NAME):
+        out = OutDir(path, "", "", os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        try:
+            out.lock()
+            out.remove_dead_temporaries()
+            out.clean()
+        except Busy:
+            pass
+        finally:
+            out.close()
 
 
 def free_bytes(path: str) -> int:

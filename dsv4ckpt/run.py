@@ -103,6 +103,7 @@ def execute(
     stop = stop or StopFlag()
     complete = _already_complete(plan, checkpoint, path)
     if complete is not None:
+        outdir.remove_leftovers(path)
         on_event(Started(plan.shard_bytes, plan.shard_bytes, len(plan.files), len(plan.files)))
         return complete
     known = {file.name for file in plan.files} | set(plan.written) | {name for name, _, _ in plan.copied}

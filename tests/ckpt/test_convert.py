@@ -200,6 +200,21 @@ def test_convert_finished_output_whose_manifest_lists_no_files_is_not_taken_for_
         convert(sample_of("flash"), tmp_path / "out")
 
 
+def test_convert_killed_after_its_manifest_is_tidied_up_by_the_next_run(
+    sample_of: Sample, convert: Convert, tree_of: Tree, tmp_path: Path
+) -> None:
+    """Found by tests/crash: the output was complete, and .dsv4 stayed in it for ever."""
+    convert(sample_of("flash"), tmp_path / "out")
+    whole = tree_of(tmp_path / "out")
+    work = tmp_path / "out" / ".dsv4"
+    work.mkdir()
+    for name in ("plan", "journal", "lock"):
+        (work / name).touch()
+    assert convert(sample_of("flash"), tmp_path / "out").num_resumed == 7
+    assert not work.exists()
+    assert tree_of(tmp_path / "out") == whole
+
+
 def test_convert_other_options_into_a_used_directory_is_refused(
     sample_of: Sample, convert: Convert, tree_of: Tree, tmp_path: Path
 ) -> None:

@@ -52,11 +52,13 @@ def attempt(
 def main(src: str, base: str, num_outputs: int, seed: int) -> None:
     checkpoint = source.open_checkpoint(src)
     made = plan.make_plan(survey.survey(checkpoint), ConvertOptions(max_shard_bytes=400_000))
-    reference = Path(base) / "reference"
-    began = time.monotonic()
-    attempt(made, checkpoint, reference, 2, None)
-    duration = time.monotonic() - began
-    expected = tree(reference)
+    times = []
+    for number in range(3):
+        began = time.monotonic()
+        attempt(made, checkpoint, Path(base) / f"reference{number}", 2, None)
+        times.append(time.monotonic() - began)
+    duration = min(times)  # the first run is slower; later moments would find nothing to kill
+    expected = tree(Path(base) / "reference0")
     random.seed(seed)
     found = {
         "kills": 0,
