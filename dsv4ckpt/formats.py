@@ -19,10 +19,8 @@ DTYPE_BITS = {
 }  # fmt: skip
 
 FP4_GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1 code & 7; bit 3 is the sign, so code 8 is -0.0
-FP8_MAX = 448.0  # E4M3FN: 0x7E; 0x7F and 0xFF are NaN, there is no infinity
 E8M0_BIAS = 127  # byte b means 2**(b - 127)
 E8M0_NAN = 255
-E8M0_ONE = 127
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors refuses more
 MAX_INDEX_BYTES = 64 * 1024 * 1024

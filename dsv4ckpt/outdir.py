@@ -29,11 +29,10 @@ _OUR_WORK_FILES = ("plan", "journal", "lock")
 class OutDir:
     """An output directory that belongs to one plan. Use `open_outdir`."""
 
-    def __init__(self, path: str, plan_sha256: str, source_sha256: str, dir_fd: int) -> None:
+    def __init__(self, path: str, plan_sha256: str, source_sha256: str) -> None:
         self.path = path
         self._plan_sha256 = plan_sha256
         self._source_sha256 = source_sha256
-        self._dir_fd = dir_fd
         self._work = os.path.join(path, WORK_NAME)
         self._host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
         self._journal_fd = -1
@@ -119,10 +118,10 @@ class OutDir:
         self.remove_dead_temporaries()
 
     def close(self) -> None:
-        for fd in (self._journal_fd, self._lock_fd, self._dir_fd):
+        for fd in (self._journal_fd, self._lock_fd):
             if fd >= 0:
                 os.close(fd)
-        self._journal_fd = self._lock_fd = self._dir_fd = -1
+        self._journal_fd = self._lock_fd = -1
 
     def finish(self, manifest: bytes) -> None:
         """Publish the manifest: from here on the directory is complete. Then remove the work directory."""
@@ -237,9 +236,7 @@ def open_outdir(path: str, plan_sha256: str, known: set[str], source_sha256: str
     with io_errors("."):
         existed = os.path.isdir(path)
         _make_directory(path)
-        out = OutDir(
-            path, plan_sha256, source_sha256, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        )
+        out = OutDir(path, plan_sha256, source_sha256)
         out.made_directory = not existed
     try:
         with io_errors(WORK_NAME):
@@ -261,7 +258,7 @@ def remove_leftovers(path: str) -> None:
     if not os.path.isdir(os.path.join(path, WORK_NAME)) or os.path.islink(os.path.join(path, WORK_NAME)):
         return
     with io_errors(WORK_NAME):
-        out = OutDir(path, "", "", os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        out = OutDir(path, "", "")
         try:
             out.lock()
             out.remove_dead_temporaries()

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from . import __version__, formats, shard, strictjson
 from . import config as configs
@@ -214,7 +215,7 @@ def make_plan(survey: Survey, options: ConvertOptions) -> Plan:
         files=files,
         written={
             CONFIG_NAME: strictjson.pretty(configs.for_bf16(document)),
-            INDEX_NAME: _index(files),
+            INDEX_NAME: index_bytes((file.name, file.tensors) for file in files),
         },
         copied=tuple(_hashed(survey.checkpoint, item) for item in small if item.left is None),
         left=tuple(item for item in small if item.left is not None),
@@ -348,9 +349,24 @@ def _split(groups: list[list[PlannedTensor]], max_shard_bytes: int) -> tuple[Pla
     )
 
 
-def _index(files: tuple[PlannedFile, ...]) -> bytes:
-    weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
-    total = sum(formats.stored_bytes(t.dtype, t.shape) for file in files for t in file.tensors)
+class _Described(Protocol):
+    """Anything with the name, dtype and shape of a stored tensor."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> Shape: ...
+
+
+def index_bytes(files: Iterable[tuple[str, Sequence[_Described]]]) -> bytes:
+    """model.safetensors.index.json for (file name, its tensors)."""
+    weight_map, total = {}, 0
+    for file, tensors in files:
+        for tensor in tensors:
+            weight_map[tensor.name] = file
+            total += formats.stored_bytes(tensor.dtype, tensor.shape)
     return strictjson.pretty(
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     )

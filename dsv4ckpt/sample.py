@@ -25,7 +25,7 @@ from .errors import NoSpace, Usage
 from .formats import CONFIG_NAME, FP4_GRID, INDEX_NAME, Kind
 from .inventory import Layout, Stored, lay_out, logical_tensors, shard_groups
 from .names import Namespace
-from .plan import space_needed
+from .plan import index_bytes, space_needed
 from .release import RELEASES, Release, shipped_config
 from .threads import one_torch_thread
 from .tokenizer import tokenizer_files
@@ -406,7 +406,7 @@ def write_sample(sample: Sample, path: str, on_bytes: Callable[[int], None] = la
     """Write a sample. raises NoSpace, ForeignOutput, Environment"""
     small = {
         CONFIG_NAME: strictjson.pretty(sample.document),
-        INDEX_NAME: _index(sample),
+        INDEX_NAME: index_bytes((file.name, file.tensors) for file in sample.files),
         **tokenizer_files(),
         "generation_config.json": strictjson.pretty(
             {"bos_token_id": 0, "do_sample": True, "eos_token_id": 1, "temperature": 1.0, "top_p": 1.0}
@@ -438,11 +438,3 @@ def write_sample(sample: Sample, path: str, on_bytes: Callable[[int], None] = la
         for name, content in small.items():
             out.publish_bytes(name, content)
         out.clean()
-
-
-def _index(sample: Sample) -> bytes:
-    weight_map = {stored.name: file.name for file in sample.files for stored in file.tensors}
-    total = sum(formats.stored_bytes(t.dtype, t.shape) for file in sample.files for t in file.tensors)
-    return strictjson.pretty(
-        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    )

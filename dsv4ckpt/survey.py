@@ -13,7 +13,7 @@ from . import config as configs
 from . import release
 from .config import ModelConfig
 from .errors import MissingScale, NotConform, OrphanScale
-from .formats import Kind
+from .formats import Kind, num_elements
 from .inventory import Layout, Logical, Stored, lay_out, logical_tensors
 from .names import Experts, Namespace, is_opaque, looks_like_transformers
 from .release import Identity, Seen
@@ -163,10 +163,4 @@ def attention_kinds(model: ModelConfig) -> dict[str, int]:
 def logical_bytes_bf16(logicals: list[Logical]) -> int:
     """Size of the same tensors with every quantized matrix as BF16."""
     widths = {Kind.F32: 4, Kind.I64: 8}
-    total = 0
-    for logical in logicals:
-        count = 1
-        for length in logical.shape:
-            count *= length
-        total += count * widths.get(logical.kind, 2)
-    return total
+    return sum(num_elements(logical.shape) * widths.get(logical.kind, 2) for logical in logicals)
