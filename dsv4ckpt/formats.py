@@ -18,6 +18,10 @@ DTYPE_BITS = {
     "C64": 64, "F4": 4,
 }  # fmt: skip
 
+FP8_MAX = 448.0  # E4M3FN: 0x7E; 0x7F and 0xFF are NaN, there is no infinity
+FP4_MAX = 6.0
+FP8_AMAX_FLOOR = 1e-4  # DeepSeek's quantizer never takes a tile's largest value for less
+FP4_AMAX_FLOOR = 6.0 * 2.0**-126  # nor a block's, so that scale bytes are at least 1
 FP4_GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1 code & 7; bit 3 is the sign, so code 8 is -0.0
 E8M0_BIAS = 127  # byte b means 2**(b - 127)
 E8M0_NAN = 255
@@ -34,6 +38,7 @@ MAX_COUNT = 2**63 - 1
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 MANIFEST_NAME = "dsv4.manifest.json"
+SIDECAR_NAME = "dsv4.roundtrip"  # a safetensors container; readers in the field glob *.safetensors, so no such ending
 WORK_NAME = ".dsv4"  # unfinished work in an output directory
 
 
@@ -47,6 +52,15 @@ class Block(NamedTuple):
         return f"{self.rows}x{self.cols}"
 
 
+class Spelling(StrEnum):
+    """Whose words name the tensors of a quantized matrix; names.LEAVES spells them."""
+
+    RELEASED = "released"
+    MODELOPT = "modelopt"
+    COMPRESSED = "compressed-tensors"
+    COMPRESSED_PACKED = "compressed-tensors, packed"
+
+
 class Quant(NamedTuple):
     """How a quantized matrix is stored: dtype of the codes, codes per stored element, dtype and block of the scales."""
 
@@ -54,22 +68,42 @@ class Quant(NamedTuple):
     codes_per_element: int
     scale: str
     block: Block
+    spelling: Spelling = Spelling.RELEASED
+    per_tensor: tuple[str, ...] = ()  # further scales, one F32 number each, in names.LEAVES' words
+
+
+class Target(StrEnum):
+    """What `--to` asks for. Which storage that means depends on the release: see storage_of."""
+
+    BF16 = "bf16"
+    NATIVE = "native"  # as the release stores it
+    FP8 = "fp8"  # experts recast to E4M3 tiles with E8M0 scales: what SGLang reads
+    FP8_F32SCALE = "fp8-f32scale"  # the same codes with F32 scales: what vLLM reads, and Base is
+    NVFP4 = "nvfp4"  # ModelOpt: the released nibbles, E4M3 scales per 16 and one F32 scale
+    MXFP4_CT = "mxfp4-ct"  # compressed-tensors: the released nibbles under other names
 
 
 class Storage(StrEnum):
-    """Storage formats that can be read. The value is the word used on the command line."""
+    """Storage formats that can be read and written. The value is the word that inspect and the manifest use."""
 
     FP4_FP8 = "fp4+fp8"  # experts E2M1 1x32 E8M0, dense E4M3 128x128 E8M0: Flash, Pro, 0731, 0813, Vision-Exp
     FP4_FP8_32 = "fp4+fp8-32x32"  # experts as above, dense 32x32, Engram tables 1x32: V4.1
     FP8_F32SCALE = "fp8-f32scale"  # everything E4M3 128x128 with F32 scales: Base
     FP8 = "fp8"  # everything E4M3 128x128 with E8M0 scales: the repackaged releases
+    FP8_F32SCALE_32 = "fp8-f32scale-32x32"  # the same two for V4.1's tiles
+    FP8_32 = "fp8-32x32"
+    NVFP4 = "nvfp4"
+    NVFP4_32 = "nvfp4-32x32"
+    MXFP4_CT = "mxfp4-ct"
+    MXFP4_CT_32 = "mxfp4-ct-32x32"
     BF16 = "bf16"
 
 
 class Kind(StrEnum):
     """What a tensor is, as far as its storage depends on it."""
 
-    EXPERT = "expert"  # routed expert matrix
+    EXPERT = "expert"  # routed expert matrix of a layer
+    DRAFT_EXPERT = "draft expert"  # routed expert matrix of an MTP or DSpark stage
     DENSE = "dense"  # any other matrix that releases quantize
     TABLE = "table"  # Engram embedding table
     BF16 = "BF16"
@@ -77,20 +111,67 @@ class Kind(StrEnum):
     I64 = "I64"
 
 
+MATRICES = (Kind.EXPERT, Kind.DRAFT_EXPERT, Kind.DENSE, Kind.TABLE)  # what a storage format may quantize
+
 FP4_EXPERT = Quant("I8", 2, "F8_E8M0", Block(1, 32))
 FP8_TILE = Quant("F8_E4M3", 1, "F8_E8M0", Block(128, 128))
 FP8_TILE_F32 = Quant("F8_E4M3", 1, "F32", Block(128, 128))
 FP8_TILE_32 = Quant("F8_E4M3", 1, "F8_E8M0", Block(32, 32))
+FP8_TILE_32_F32 = Quant("F8_E4M3", 1, "F32", Block(32, 32))
 FP8_ROW_32 = Quant("F8_E4M3", 1, "F8_E8M0", Block(1, 32))
+FP8_ROW_32_F32 = Quant("F8_E4M3", 1, "F32", Block(1, 32))
+NVFP4_EXPERT = Quant("U8", 2, "F8_E4M3", Block(1, 16), Spelling.MODELOPT, ("scale_2", "input_scale"))
+CT_FP4 = Quant("U8", 2, "U8", Block(1, 32), Spelling.COMPRESSED_PACKED)
+CT_FP8_TILE = Quant("F8_E4M3", 1, "F32", Block(128, 128), Spelling.COMPRESSED)
+CT_FP8_TILE_32 = Quant("F8_E4M3", 1, "F32", Block(32, 32), Spelling.COMPRESSED)
 
-# One row per storage format: how experts, dense matrices and tables are kept. None: as BF16.
+
+def _row(expert: Quant, draft: Quant, dense: Quant, table: Quant | None = None) -> dict[Kind, Quant]:
+    row = {Kind.EXPERT: expert, Kind.DRAFT_EXPERT: draft, Kind.DENSE: dense}
+    return {**row, Kind.TABLE: table} if table else row
+
+
+# One row per storage format: how experts, draft experts, dense matrices and tables are kept. None: as BF16.
 QUANTS: dict[Storage, dict[Kind, Quant]] = {
-    Storage.FP4_FP8: {Kind.EXPERT: FP4_EXPERT, Kind.DENSE: FP8_TILE},
-    Storage.FP4_FP8_32: {Kind.EXPERT: FP4_EXPERT, Kind.DENSE: FP8_TILE_32, Kind.TABLE: FP8_ROW_32},
-    Storage.FP8_F32SCALE: {Kind.EXPERT: FP8_TILE_F32, Kind.DENSE: FP8_TILE_F32},
-    Storage.FP8: {Kind.EXPERT: FP8_TILE, Kind.DENSE: FP8_TILE},
+    Storage.FP4_FP8: _row(FP4_EXPERT, FP4_EXPERT, FP8_TILE),
+    Storage.FP4_FP8_32: _row(FP4_EXPERT, FP4_EXPERT, FP8_TILE_32, FP8_ROW_32),
+    Storage.FP8_F32SCALE: _row(FP8_TILE_F32, FP8_TILE_F32, FP8_TILE_F32),
+    Storage.FP8: _row(FP8_TILE, FP8_TILE, FP8_TILE),
+    Storage.FP8_F32SCALE_32: _row(FP8_TILE_32_F32, FP8_TILE_32_F32, FP8_TILE_32_F32, FP8_ROW_32_F32),
+    Storage.FP8_32: _row(FP8_TILE_32, FP8_TILE_32, FP8_TILE_32, FP8_ROW_32),
+    Storage.NVFP4: _row(NVFP4_EXPERT, FP4_EXPERT, FP8_TILE),  # the consumers read draft stages as released
+    Storage.NVFP4_32: _row(NVFP4_EXPERT, FP4_EXPERT, FP8_TILE_32, FP8_ROW_32),
+    Storage.MXFP4_CT: _row(CT_FP4, CT_FP4, CT_FP8_TILE),
+    Storage.MXFP4_CT_32: _row(CT_FP4, CT_FP4, CT_FP8_TILE_32, FP8_ROW_32),
     Storage.BF16: {},
 }
+
+# What a target means for a release whose native storage is one of these.
+_TARGETS: dict[Storage, dict[Target, Storage]] = {
+    Storage.FP4_FP8: {
+        Target.FP8: Storage.FP8,
+        Target.FP8_F32SCALE: Storage.FP8_F32SCALE,
+        Target.NVFP4: Storage.NVFP4,
+        Target.MXFP4_CT: Storage.MXFP4_CT,
+    },
+    Storage.FP8_F32SCALE: {
+        Target.FP8: Storage.FP8,
+        Target.FP8_F32SCALE: Storage.FP8_F32SCALE,
+        Target.NVFP4: Storage.NVFP4,
+        Target.MXFP4_CT: Storage.MXFP4_CT,
+    },
+    Storage.FP4_FP8_32: {
+        Target.FP8: Storage.FP8_32,
+        Target.FP8_F32SCALE: Storage.FP8_F32SCALE_32,
+        Target.NVFP4: Storage.NVFP4_32,
+        Target.MXFP4_CT: Storage.MXFP4_CT_32,
+    },
+}
+
+
+def storage_of(target: Target, native: Storage) -> Storage:
+    """The storage format that a target means for a release with this native one."""
+    return {Target.BF16: Storage.BF16, Target.NATIVE: native, **_TARGETS[native]}[target]
 
 
 def ceil_div(count: int, size: int) -> int:
