@@ -8,11 +8,13 @@ from typing import Any
 
 import click
 
-from dsv4ckpt import outdir, plan, source, survey
+from dsv4ckpt import original, outdir, plan, source, strictjson, survey
+from dsv4ckpt import sidecar as sidecars
 from dsv4ckpt.errors import EXIT_OK, NoSpace, Usage
-from dsv4ckpt.formats import Storage
+from dsv4ckpt.formats import MAX_INDEX_BYTES, SIDECAR_NAME, Target
 from dsv4ckpt.names import Namespace
-from dsv4ckpt.plan import ConvertOptions, Plan
+from dsv4ckpt.original import Original
+from dsv4ckpt.plan import ConvertOptions, Plan, ScalePolicy
 
 from .common import common_options, follow_links_option, stopping_on_signals, without_collecting
 from .progress import Progress
@@ -23,7 +25,12 @@ from .words import Console, LayerList, Size, human, plural, spans, table
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path())
 @click.option(
-    "--to", "target", type=click.Choice([Storage.BF16.value]), required=True, help="Storage format of DST."
+    "--to",
+    "target",
+    type=click.Choice([item.value for item in Target]),
+    required=True,
+    help="Storage format of DST. native: as the release has it; fp8: for SGLang; fp8-f32scale: for vLLM; "
+    "nvfp4: ModelOpt's; mxfp4-ct: compressed-tensors'.",
 )
 @click.option(
     "--names",
@@ -59,6 +66,37 @@ from .words import Console, LayerList, Size, human, plural, spans, table
 @click.option(
     "--unit-scale", multiple=True, metavar="NAME", help="This FP8 weight has no scales: take them as 1."
 )
+@click.option(
+    "--source",
+    "released",
+    type=click.Path(),
+    metavar="DIR",
+    help="--to native: the release that SRC was made from. What is untouched is copied from it, what changed is "
+    "measured against it.",
+)
+@click.option(
+    "--sidecar",
+    type=click.Path(),
+    metavar="PATH",
+    help=f"--to native: the {SIDECAR_NAME} of the conversion, or its directory.  [default: the one in SRC]",
+)
+@click.option(
+    "--scale-policy",
+    type=click.Choice([item.value for item in ScalePolicy]),
+    default=ScalePolicy.KEEP.value,
+    show_default=True,
+    help="Scales of blocks that changed. keep: the release's while it fits; fresh: as DeepSeek's quantizer chooses.",
+)
+@click.option("--accept-changes", is_flag=True, help="SRC was edited after its conversion, on purpose.")
+@click.option(
+    "--allow-lossy", is_flag=True, help="Accept that values are rounded, or that a change vanishes."
+)
+@click.option(
+    "--input-scales",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="--to nvfp4: JSON of activation scales, {tensor name: number}.  [default: all 1.0]",
+)
 @follow_links_option
 @common_options
 def command(
@@ -73,37 +111,90 @@ def command(
     dry_run: bool,
     allow_nan: tuple[str, ...],
     unit_scale: tuple[str, ...],
+    released: str | None,
+    sidecar: str | None,
+    scale_policy: str,
+    accept_changes: bool,
+    allow_lossy: bool,
+    input_scales: str | None,
     follow_links: bool,
     console: Console,
 ) -> int:
     """Convert the checkpoint in SRC into the new directory DST.
 
-    Every value is exact; F32 and integer tensors stay what they are; nothing is dropped unless you say so. Memory
-    stays below 1 GB for any checkpoint. Stop it at any time: the same command continues.
+    Every value is exact, or the command refuses; F32 and integer tensors stay what they are; nothing is dropped
+    unless you say so. A conversion remembers what values do not tell, so that --to native makes the released bytes
+    again. Memory stays below 1 GB for any checkpoint. Stop it at any time: the same command continues.
 
     \b
     Examples:
-      dsv4 convert DeepSeek-V4-Flash out --to bf16
+      dsv4 convert DeepSeek-V4-Flash bf16 --to bf16
+      dsv4 convert bf16 again --to native
+      dsv4 convert tuned out --to native --source DeepSeek-V4-Flash
+      dsv4 convert DeepSeek-V4-Flash out --to nvfp4
       dsv4 convert DeepSeek-V4-Flash out --to bf16 --names transformers
       dsv4 convert DeepSeek-V4-Flash tiny --to bf16 --layers 0-3 --mtp drop
     """
     options = ConvertOptions(
-        target=Storage(target),
+        target=Target(target),
         namespace=Namespace(namespace),
         layers=layers,
         keep_mtp=mtp == "keep",
         max_shard_bytes=max_shard_size,
         allow_nan=frozenset(allow_nan),
         unit_scales=frozenset(unit_scale),
+        scale_policy=ScalePolicy(scale_policy),
+        input_scales=None if input_scales is None else _input_scales(input_scales),
+        allow_lossy=allow_lossy,
     )
+    if (released or sidecar) and options.target is not Target.NATIVE:
+        raise Usage("--source and --sidecar go with --to native", do="leave them out")
     if os.path.realpath(src) == os.path.realpath(dst):
         raise Usage("DST is SRC: nothing is converted in place", do="name a new directory")
     with without_collecting():
         checkpoint = source.open_checkpoint(src, follow_links=follow_links)
-        made = plan.make_plan(survey.survey(checkpoint, unit_scales=options.unit_scales), options)
+        known = _original(src, released, sidecar, options, follow_links)
+        made = plan.make_plan(survey.survey(checkpoint, unit_scales=options.unit_scales), options, known)
     if dry_run:
         return _dry_run(made, dst, console)
-    return _carry_out(made, checkpoint, src, dst, workers, console)
+    return _carry_out(made, checkpoint, src, dst, workers, accept_changes, console)
+
+
+def _input_scales(path: str) -> dict[str, float]:
+    """Activation scales from a JSON object of numbers. raises Usage"""
+    with open(path, "rb") as file:
+        data = file.read(MAX_INDEX_BYTES + 1)
+    try:
+        scales = strictjson.loads(data[:MAX_INDEX_BYTES], floats=True)
+    except strictjson.Malformed as error:
+        raise Usage(f"--input-scales is no JSON: {error}", file=os.path.basename(path)) from None
+    numbers = isinstance(scales, dict) and all(
+        type(value) in (int, float) and value > 0 for value in scales.values()
+    )
+    if not numbers:
+        raise Usage(
+            "--input-scales is no object of numbers above zero",
+            file=os.path.basename(path),
+            expected='{"layers.0.ffn.experts.0.w1.input_scale": 0.5, ...}',
+        )
+    return {name: float(value) for name, value in scales.items()}
+
+
+def _original(
+    src: str, released: str | None, sidecar: str | None, options: ConvertOptions, follow_links: bool
+) -> Original | None:
+    """What is at hand of the release that SRC was made from."""
+    if options.target is not Target.NATIVE:
+        return None
+    if released:
+        checkpoint = source.open_checkpoint(released, follow_links=follow_links)
+        return original.of_source(survey.survey(checkpoint, unit_scales=options.unit_scales))
+    found = sidecars.open_sidecar(sidecar or src, follow_links=follow_links)
+    if found is None and sidecar:
+        raise Usage(
+            f"there is no {SIDECAR_NAME} there", found=repr(sidecar), do="name the conversion's directory"
+        )
+    return original.of_sidecar(found) if found else None
 
 
 def _dry_run(made: Plan, dst: str, console: Console) -> int:
@@ -150,7 +241,13 @@ def _say_plan(made: Plan, console: Console, *, files: bool) -> None:
 
 
 def _carry_out(
-    made: Plan, checkpoint: source.Checkpoint, src: str, dst: str, workers: int, console: Console
+    made: Plan,
+    checkpoint: source.Checkpoint,
+    src: str,
+    dst: str,
+    workers: int,
+    accept_changes: bool,
+    console: Console,
 ) -> int:
     from dsv4ckpt import run  # brings torch
 
@@ -164,7 +261,15 @@ def _carry_out(
             elif isinstance(event, run.Wrote):
                 progress.advance(event.num_bytes)
 
-        summary = run.execute(made, checkpoint, dst, num_workers=workers, on_event=on_event, stop=stop)
+        summary = run.execute(
+            made,
+            checkpoint,
+            dst,
+            num_workers=workers,
+            accept_changes=accept_changes,
+            on_event=on_event,
+            stop=stop,
+        )
     console.document(_document(made, summary, dst, progress))
     if summary.num_resumed == len(made.files):
         console.say(f"{dst} was complete already: nothing to do")

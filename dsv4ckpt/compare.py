@@ -7,14 +7,16 @@ no mistake there can hide.  Memory is bounded: tensors pass in chunks of rows.
 from __future__ import annotations
 
 import concurrent.futures
+import struct
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import formats
 from .errors import Usage
-from .formats import Quant, Shape, ceil_div
+from .formats import Quant, Shape, Spelling, ceil_div
 from .inventory import Logical
 from .manifest import Listed, read_manifest
 from .source import Checkpoint, Reader
@@ -59,7 +61,7 @@ class TensorVerdict:
 
     name: str
     verdict: Verdict
-    reason: str | None = None
+    reason: str | None = None  # may stand beside `apart`
     apart: Apart | None = None
 
     def document(self) -> dict[str, Any]:
@@ -68,11 +70,15 @@ class TensorVerdict:
 
 @dataclass(frozen=True)
 class ValuesReport:
-    """Counts of all verdicts, and every verdict that is not "same", in the order of a's inventory."""
+    """Counts of all verdicts, and every verdict that is not "same", in the order of a's inventory.
+
+    `proven` tells of stored tensors of a how many of their bytes b holds under the same name in the same place.
+    """
 
     counts: dict[Verdict, int]
     tensors: tuple[TensorVerdict, ...]
     notes: tuple[str, ...]
+    proven: Mapping[str, int]
 
     @property
     def ok(self) -> bool:
@@ -125,7 +131,18 @@ def verify_values(
     counted = Counter(item.verdict for item in verdicts)
     same = (Verdict.SAME_BYTES, Verdict.SAME_VALUES)
     told = tuple(item for item in verdicts if item.verdict not in same)
-    return ValuesReport({verdict: counted[verdict] for verdict in Verdict}, told, notes)
+    proven = _proven(chosen, verdicts)
+    return ValuesReport({verdict: counted[verdict] for verdict in Verdict}, told, notes, proven)
+
+
+def _proven(pairs: list[_Pair], verdicts: list[TensorVerdict]) -> Mapping[str, int]:
+    num_bytes: Counter[str] = Counter()
+    for pair, verdict in zip(pairs, verdicts, strict=True):
+        in_place = pair.a and pair.b and pair.a.pieces() == pair.b.pieces()
+        if pair.a and in_place and verdict.verdict is Verdict.SAME_BYTES:
+            for piece in filter(None, pair.a.pieces()):
+                num_bytes[piece.name] += piece.size
+    return num_bytes
 
 
 def _selection(a: Survey, b: Survey) -> tuple[tuple[int, ...] | None, frozenset[str], tuple[str, ...]]:
@@ -160,7 +177,13 @@ class _Form(NamedTuple):
     values: _Piece  # or codes
     quant: Quant | None = None
     scales: _Piece | None = None
+    scale_2: _Piece | None = None  # one more factor of every value
+    input_scale: _Piece | None = None  # of the activations: no part of the values
     problem: str | None = None  # why it cannot be decoded
+
+    def pieces(self) -> tuple[_Piece | None, ...]:
+        """Everything that it is made of, in one order for all forms."""
+        return self.values, self.scales, self.scale_2, self.input_scale
 
 
 class _Pair(NamedTuple):
@@ -199,7 +222,7 @@ def _name_in_source(name: str, layers: tuple[int, ...] | None) -> str:
 
 
 def _names(form: _Form | None) -> set[str]:
-    return {piece.name for piece in (form.values, form.scales) if piece} if form else set()
+    return {piece.name for piece in form.pieces() if piece} if form else set()
 
 
 def _whole(side: Survey, name: str) -> _Piece:
@@ -224,7 +247,17 @@ def _form(side: Survey, logical: Logical) -> _Form | None:
     scales, scale_problem = _piece(side, *layout.scales[logical.name])
     if scales is None and logical.name not in side.unit_scales:
         scale_problem = "has no scales"
-    return _Form(shape, values, quant, scales, problem or scale_problem)
+    numbers: dict[str, _Piece | None] = {}
+    for leaf in quant.per_tensor:
+        stored_name, index = layout.per_tensor[leaf][logical.name]
+        numbers[leaf], deviation = _piece(side, stored_name, index)
+        stored_leaf = stored_name.rpartition(".")[2]
+        if numbers[leaf] is None:
+            scale_problem = scale_problem or f"has no {stored_leaf}"
+        elif deviation:
+            scale_problem = scale_problem or f"has a {stored_leaf} that {deviation}"
+    problem = problem or scale_problem
+    return _Form(shape, values, quant, scales, numbers.get("scale_2"), numbers.get("input_scale"), problem)
 
 
 def _piece(side: Survey, name: str, index: int) -> tuple[_Piece | None, str | None]:
@@ -271,12 +304,14 @@ def _verdict(pair: _Pair, checkpoint_a: Checkpoint, checkpoint_b: Checkpoint, wa
     reason = _obstacle(a, b)
     with checkpoint_a.reader() as reader_a, checkpoint_b.reader() as reader_b:
         if reason is None:
-            same_bytes, apart = _compare(_Lane(reader_a, a), _Lane(reader_b, b), watch)
-            if apart:
-                return TensorVerdict(name, Verdict.DIFFERS, apart=apart)
+            lane_a, lane_b = _Lane(reader_a, a), _Lane(reader_b, b)
+            same_bytes, apart = _compare(lane_a, lane_b, watch)
+            reason = _other_input_scale(lane_a, lane_b)
+            if apart or reason:
+                return TensorVerdict(name, Verdict.DIFFERS, reason, apart)
             return TensorVerdict(name, Verdict.SAME_BYTES if same_bytes else Verdict.SAME_VALUES)
         # What cannot be decoded is still the same if it is stored in the same way and equal.
-        pieces = [(x, y) for x, y in ((a.values, b.values), (a.scales, b.scales)) if x or y]
+        pieces = [(x, y) for x, y in zip(a.pieces(), b.pieces(), strict=True) if x or y]
         same = all(x and y and x.size and x[1:] == y[1:] for x, y in pieces)
         for x, y in pieces:
             if same and x and y:
@@ -291,6 +326,12 @@ class _Lane:
         self.form = form
         self._reader = reader
         self._values, self._scales = bytearray(), bytearray()
+        scale_2 = self.number(form.scale_2)
+        self._scale_2 = _f32(scale_2) if scale_2 else 1.0
+
+    def number(self, piece: _Piece | None) -> bytes | None:
+        """The bytes of a tensor that is one F32 number."""
+        return bytes(self._read(piece, 0, piece.size, bytearray())) if piece else None
 
     def rows(self, first: int, count: int, num_rows: int) -> Rows:
         """`count` of the tensor's `num_rows` rows; in buffers that the next call uses again."""
@@ -307,7 +348,7 @@ class _Lane:
         begin, end = first // height * scale_bytes, ceil_div(first + count, height) * scale_bytes
         self._scales = self._read(form.scales, begin, end - begin, self._scales)
         scales = memoryview(self._scales)[: end - begin]
-        return Rows(count, form.values.dtype, data, form.quant, scales, first % height)
+        return Rows(count, form.values.dtype, data, form.quant, scales, first % height, self._scale_2)
 
     def _read(self, piece: _Piece, offset: int, size: int, buffer: bytearray) -> bytearray:
         if len(buffer) < size:
@@ -321,7 +362,10 @@ def _compare(a: _Lane, b: _Lane, watch: Watch) -> tuple[bool, Apart | None]:
     from . import decode_plain
 
     form, other = a.form, b.form
-    alike = form.quant == other.quant and (form.scales is None) == (other.scales is None)
+    alike = _unspelled(form.quant) == _unspelled(other.quant) and (form.scales is None) == (
+        other.scales is None
+    )
+    alike = alike and a.number(form.scale_2) == b.number(other.scale_2)
     width = formats.DTYPE_BITS[form.values.dtype] // 8 or 1
     plain = form.quant is None and other.quant is None
     num_rows, cols = (form.values.size // width, 1) if plain else (form.shape[0], form.shape[1])
@@ -342,3 +386,21 @@ def _compare(a: _Lane, b: _Lane, watch: Watch) -> tuple[bool, Apart | None]:
             at = divmod(row * cols + found.position, form.shape[-1] if form.shape else 1)
             apart = Apart(found.num_values, found.distance, found.unit, *at, found.a, found.b)
     return same_bytes, apart
+
+
+def _unspelled(quant: Quant | None) -> Quant | None:
+    """Names may differ: how the tensors of a matrix are called does not make its bytes others."""
+    return quant and quant._replace(spelling=Spelling.RELEASED)
+
+
+def _other_input_scale(a: _Lane, b: _Lane) -> str | None:
+    """Values do not depend on it, what a server computes does: where both have one it must be the same."""
+    x, y = a.number(a.form.input_scale), b.number(b.form.input_scale)
+    if x is None or y is None or x == y:
+        return None
+    return f"its input_scale is {_f32(x)!r} in a, {_f32(y)!r} in b"
+
+
+def _f32(data: bytes) -> float:
+    (value,) = struct.unpack("<f", data)
+    return float(value)

@@ -1,9 +1,9 @@
 """Codes and scales -> floats a second time, by plain float arithmetic; and how far two tensors are apart.
 
 The other opinion of `dsv4 verify`: shares neither code nor method with codec.py, so that no mistake there can
-hide.  A code becomes a float32, its product with the scale is rounded to bfloat16 once.  Knows no names or
+hide.  A code becomes a float32, its product with the scales is rounded to bfloat16 once.  Knows no names or
 files.
-Source: OCP MX v1.0 sec. 5.3-5.4 (E2M1, E8M0), OCP FP8 (E4M3), as torch casts them.
+Source: OCP MX v1.0 sec. 5.3-5.4 (E2M1, E8M0), OCP FP8 (E4M3), as torch casts them; NVFP4 as ModelOpt writes it.
 """
 
 #  R rows, C columns of the logical weight;  c = number of blocks along a row
@@ -25,7 +25,15 @@ Bytes = bytearray | memoryview
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _PATTERNS = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}  # by bits of an element
 _MIDWAY = -0x8000  # low half of a float32, as int16, that lies midway between two bfloat16 numbers
+_SCALES = {
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.float8_e8m0fnu,  # compressed-tensors calls the same bytes so
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F32": torch.float32,
+}
 _LEAST_EXACT, _MOST_EXACT = 3, 246  # E8M0 bytes for which bfloat16 holds every product, of E2M1 and of E4M3
+_MANTISSA = 0x7FFFFF  # of a float32; above it stand the exponent, biased as E8M0 is, and the sign
+_SCALE_2_EXACT = (2.0**-123, 2.0**116)  # the same for powers of two times E2M1 times E4M3: 2**-10 to 2688
 
 
 class Rows(NamedTuple):
@@ -37,6 +45,7 @@ class Rows(NamedTuple):
     quant: Quant | None = None
     scales: Bytes | None = None  # of every block that the rows touch; None with quant: all are 1
     first_row: int = 0  # where the rows begin within their first block
+    scale_2: float = 1.0  # a second factor of every value, an F32 number; only beside E4M3 scales
 
 
 class Difference(NamedTuple):
@@ -79,43 +88,47 @@ def compare(a: Rows, b: Rows) -> Difference | None:
 
 
 def decode(rows: Rows) -> Tensor:
-    """bfloat16 [R, C]: code times scale, the exact product rounded once, to nearest even.
+    """bfloat16 [R, C]: code times scale (times scale_2), the exact product rounded once, to nearest even.
 
     With E8M0 scales the factors are bfloat16 numbers; torch multiplies those in float32, where the product is
     exact, subnormals included, and rounds it.
     """
     if rows.quant is None:
         return torch.frombuffer(rows.data, dtype=torch.bfloat16).view(rows.num_rows, -1)
-    if rows.scales is not None and rows.quant.scale == "F32":
-        return _decode_f32_scaled(rows, _scales(rows), rows.quant.block.cols)
+    if _SCALES[rows.quant.scale] != torch.float8_e8m0fnu and not _fits_bf16(rows):
+        return _decode_rounding_once(rows)
     values_RC = _codes(rows, torch.bfloat16)
     if rows.scales is not None:
         _multiply(values_RC, _scales(rows).to(torch.bfloat16), rows.quant.block.cols)
-    return values_RC
+    return values_RC.mul_(rows.scale_2) if rows.scale_2 != 1.0 else values_RC
 
 
-def _decode_f32_scaled(rows: Rows, scale_Rc: Tensor, block_cols: int) -> Tensor:
-    """The same with F32 scales, whose products float32 must round.
+def _decode_rounding_once(rows: Rows) -> Tensor:
+    """The same where one factor is any F32 number, so that float32 must round the product.
 
-    Rounding those again errs only where they came to lie midway between two bfloat16 numbers: these are done
+    Rounding that again errs only where it came to lie midway between two bfloat16 numbers: these are done
     anew.
     """
-    codes_RC = _codes(rows, torch.float32)
-    product_RC = codes_RC.clone()
+    assert rows.quant is not None
+    factor_RC, scale_Rc, block_cols = _codes(rows, torch.float32), _scales(rows), rows.quant.block.cols
+    if rows.quant.scale == "F8_E4M3":
+        _multiply(factor_RC, scale_Rc, block_cols)  # exact: 2 and 4 significant bits
+        scale_Rc, block_cols = torch.full((rows.num_rows, 1), rows.scale_2), factor_RC.shape[1]
+    product_RC = factor_RC.clone()
     _multiply(product_RC, scale_Rc, block_cols)
     values_RC = product_RC.to(torch.bfloat16)
     row, col = (product_RC.view(torch.int16)[:, ::2] == _MIDWAY).nonzero(as_tuple=True)
-    exact = codes_RC[row, col].to(torch.float64) * scale_Rc[row, col // block_cols].to(torch.float64)
+    exact = factor_RC[row, col].to(torch.float64) * scale_Rc[row, col // block_cols].to(torch.float64)
     values_RC[row, col] = round_once(exact)
     return values_RC
 
 
 def decode_exact(rows: Rows) -> Tensor:
-    """float64 [R, C]: code times scale, exact for either kind of scale (4 and 24 significant bits)."""
+    """float64 [R, C]: code times scale times scale_2, exact for every kind (2, 4 and 24 significant bits)."""
     values_RC = _codes(rows, torch.float32).to(torch.float64)
     if rows.quant is not None and rows.scales is not None:
         _multiply(values_RC, _scales(rows).to(torch.float64), rows.quant.block.cols)
-    return values_RC
+    return values_RC.mul_(rows.scale_2)
 
 
 def round_once(exact: Tensor) -> Tensor:
@@ -165,9 +178,9 @@ def _codes(rows: Rows, dtype: torch.dtype) -> Tensor:
 def _scales(rows: Rows) -> Tensor:
     """float32 [R, c]: the scales of every row."""
     assert rows.quant is not None and rows.scales is not None
-    dtype = torch.float32 if rows.quant.scale == "F32" else torch.float8_e8m0fnu
     block_row = (torch.arange(rows.num_rows) + rows.first_row) // rows.quant.block.rows
-    scale_rc = torch.frombuffer(rows.scales, dtype=dtype).to(torch.float32).view(int(block_row[-1]) + 1, -1)
+    scales = torch.frombuffer(rows.scales, dtype=_SCALES[rows.quant.scale])
+    scale_rc = scales.to(torch.float32).view(int(block_row[-1]) + 1, -1)
     return scale_rc.index_select(0, block_row)
 
 
@@ -181,13 +194,21 @@ def _multiply(values_RC: Tensor, scale_Rc: Tensor, block_cols: int) -> None:
 
 
 def _fits_bf16(rows: Rows) -> bool:
-    """Whether bfloat16 holds every product exactly."""
-    if rows.scales is None:
+    """Whether bfloat16 holds every product exactly; of F32 factors, only powers of two let it."""
+    if rows.scales is None or rows.quant is None:
         return True
-    if rows.quant is None or rows.quant.scale == "F32":
-        return False
-    least, most = _raw(rows.scales).aminmax()
-    return int(least) >= _LEAST_EXACT and int(most) <= _MOST_EXACT
+    if rows.quant.scale == "F8_E4M3":
+        least, most = _SCALE_2_EXACT
+        return least <= rows.scale_2 <= most and math.frexp(rows.scale_2)[0] == 0.5
+    if rows.quant.scale == "F32":
+        words = torch.frombuffer(rows.scales, dtype=torch.int32)
+        if (words & _MANTISSA).any():
+            return False
+        words = words >> _MANTISSA.bit_length()  # negative if the sign is set
+    else:
+        words = _raw(rows.scales)
+    lowest, highest = words.aminmax()
+    return int(lowest) >= _LEAST_EXACT and int(highest) <= _MOST_EXACT
 
 
 # ---- comparison

@@ -26,6 +26,7 @@ class Dsv4Error(Exception):
     """Base of the family: a sentence, then one line for each fact that is known."""
 
     exit_code = EXIT_BAD_INPUT
+    leaves_nothing = False  # the input can never become this output: nothing of it stays
 
     def __init__(
         self,
@@ -84,9 +85,33 @@ class OrphanScale(NotConform):
 class NotFinite(Dsv4Error):
     """NaN or infinity in a scale, a code or a decoded value."""
 
+    leaves_nothing = True
+
 
 class SourceChanged(Dsv4Error):
     """A source file is not what it was when the plan was made."""
+
+
+class BadSidecar(Dsv4Error):
+    """dsv4.roundtrip is malformed, or belongs to another checkpoint."""
+
+    leaves_nothing = True
+
+
+class NotLossless(Dsv4Error):
+    """A value would not survive, and nobody allowed that."""
+
+    leaves_nothing = True
+
+
+class EditedOutput(Dsv4Error):
+    """A conversion's values are not those that its manifest vouches for."""
+
+    leaves_nothing = True
+
+
+class VanishingChange(Dsv4Error):
+    """Most of what was fine-tuned would not survive the quantization. Finished files stay: it can be allowed."""
 
 
 class BadManifest(Dsv4Error):

@@ -174,6 +174,11 @@ def storage_of(target: Target, native: Storage) -> Storage:
     return {Target.BF16: Storage.BF16, Target.NATIVE: native, **_TARGETS[native]}[target]
 
 
+def fits_any_namespace(storage: Storage) -> bool:
+    """Whether tensors of this storage have names outside the released ones: other tools' formats do not."""
+    return all(quant.spelling is Spelling.RELEASED for quant in QUANTS[storage].values())
+
+
 def ceil_div(count: int, size: int) -> int:
     return -(-count // size)
 

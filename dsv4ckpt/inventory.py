@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from . import names
 from .config import V41, ModelConfig
-from .formats import QUANTS, Kind, Quant, Shape, Storage, codes_shape, scale_shape
-from .names import Experts, Match, Namespace, Table
+from .formats import MATRICES, QUANTS, Kind, Quant, Shape, Storage, codes_shape, scale_shape
+from .names import Experts, Match, Namespace, Place, Table
 
 
 class Logical(NamedTuple):
@@ -29,7 +29,7 @@ class Logical(NamedTuple):
 # T indexer query width, A indexer heads, B indexer head, Z indexer compressor channels, X tapped width, W Markov rank
 
 Rows = tuple[tuple[str, Kind, tuple[str, ...]], ...]
-_BF16, _F32, _DENSE, _EXPERT = Kind.BF16, Kind.F32, Kind.DENSE, Kind.EXPERT
+_BF16, _F32, _DENSE, _EXPERT = Kind.BF16, Kind.F32, Kind.DENSE, Kind.EXPERT  # the rows name EXPERT, stages DRAFT_EXPERT
 
 TOP: Rows = (
     ("embed.weight", _BF16, ("V", "H")),
@@ -157,12 +157,12 @@ def logical_tensors(model: ModelConfig, family: Family) -> Iterator[Logical]:
         ratio = model.compress_ratios[layer]
         widths = {**sizes, "rows": rows, **_compressor_sizes(model, ratio)}
         yield from _fill((*BLOCK, *extras), prefix, widths)
-        yield from _experts(prefix, model.num_experts, sizes)
+        yield from _experts(prefix, Kind.EXPERT, model.num_experts, sizes)
     sizes = {**sizes, "E": model.dspark_num_experts if model.dspark_targets else model.num_experts}
     for stage in range(model.num_stages):
         prefix = f"mtp.{stage}."
         yield from _fill((*BLOCK, *_stage(model, family, stage)), prefix, sizes)
-        yield from _experts(prefix, sizes["E"], sizes)
+        yield from _experts(prefix, Kind.DRAFT_EXPERT, sizes["E"], sizes)
 
 
 def _sizes(model: ModelConfig) -> dict[str, int]:
@@ -225,10 +225,10 @@ def _fill(rows: Rows, prefix: str, sizes: dict[str, int]) -> Iterator[Logical]:
         yield Logical(prefix + name, kind, tuple(sizes[letter] for letter in letters))
 
 
-def _experts(prefix: str, num_experts: int, sizes: dict[str, int]) -> Iterator[Logical]:
+def _experts(prefix: str, kind: Kind, num_experts: int, sizes: dict[str, int]) -> Iterator[Logical]:
     filled = list(_fill(EXPERT, "", sizes))
     for expert in range(num_experts):
-        for name, kind, shape in filled:
+        for name, _, shape in filled:
             yield Logical(f"{prefix}ffn.experts.{expert}.{name}", kind, shape)
 
 
@@ -251,7 +251,8 @@ class Stored:
     dtype: str
     shape: Shape
     parts: list[Part]
-    scale_of: Quant | None = None  # set: these are the scales of the parts
+    scale_of: Quant | None = None  # set: these are scales of the parts
+    leaf: str = "weight"  # which of the tensors that a quantized matrix consists of, in the words of names.LEAVES
 
 
 @dataclass(frozen=True)
@@ -264,6 +265,7 @@ class Layout:
     group: dict[str, str]  # stored name -> class for overviews
     weights: dict[str, tuple[str, int]]  # logical name -> (stored name, number of its part)
     scales: dict[str, tuple[str, int]]
+    per_tensor: dict[str, dict[str, tuple[str, int]]]  # further scales: leaf -> logical name -> place
 
     def quant(self, logical: Logical) -> Quant | None:
         """How the values of a logical tensor are quantized here; None: stored as they are."""
@@ -278,7 +280,7 @@ def lay_out(
     experts: Experts = Experts.FUSED,
 ) -> Layout:
     """Every stored tensor for these logical ones."""
-    layout = Layout(storage, namespace, {}, {}, {}, {})
+    layout = Layout(storage, namespace, {}, {}, {}, {}, {})
     for logical in logicals:
         match = table.match(logical.name)
         assert match is not None, (
@@ -286,14 +288,19 @@ def lay_out(
         )  # the tables of one release cover its inventory: held by a test
         quant = layout.quant(logical)
         if quant is None:
-            dtype = "BF16" if logical.kind in (_EXPERT, _DENSE, Kind.TABLE) else logical.kind.value
-            _store(layout, layout.weights, logical, logical.shape, dtype, table, match, experts)
+            dtype = "BF16" if logical.kind in MATRICES else logical.kind.value
+            place = table.place(match, namespace, experts)
+            _store(layout, layout.weights, logical, place, logical.shape, dtype, match)
             continue
-        codes = codes_shape(logical.shape, quant)
-        _store(layout, layout.weights, logical, codes, quant.codes, table, match, experts)
-        scales = scale_shape(logical.shape, quant.block)
-        scale_match = match._replace(leaf="scale")
-        _store(layout, layout.scales, logical, scales, quant.scale, table, scale_match, experts, quant)
+        grid = scale_shape(logical.shape, quant.block)
+        leaves = [
+            ("weight", layout.weights, codes_shape(logical.shape, quant), quant.codes),
+            ("scale", layout.scales, grid, quant.scale),
+            *((leaf, layout.per_tensor.setdefault(leaf, {}), (), "F32") for leaf in quant.per_tensor),
+        ]
+        for leaf, index, shape, dtype in leaves:
+            place = table.place(match._replace(leaf=leaf), namespace, experts, quant.spelling)
+            _store(layout, index, logical, place, shape, dtype, match, leaf, quant)
     for stored in layout.stored.values():
         stored.parts.sort(key=lambda part: part.begin)
     return layout
@@ -303,18 +310,17 @@ def _store(
     layout: Layout,
     index: dict[str, tuple[str, int]],
     logical: Logical,
+    place: Place,
     shape: Shape,
     dtype: str,
-    table: Table,
     match: Match,
-    experts: Experts,
-    scale_of: Quant | None = None,
+    leaf: str = "weight",
+    quant: Quant | None = None,
 ) -> None:
-    place = table.place(match, layout.namespace, experts)
     rows = shape[0] if len(shape) > 1 else 1
     stored = layout.stored.get(place.name)
     if stored is None:
-        stored = Stored(place.name, dtype, shape, [], scale_of)
+        stored = Stored(place.name, dtype, shape, [], None if leaf == "weight" else quant, leaf)
         layout.stored[place.name] = stored
         layout.group[place.name] = match.row.group
     if place.parts_per_expert:

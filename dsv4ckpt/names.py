@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from enum import StrEnum
 from typing import NamedTuple
 
+from .formats import Spelling
+
 
 class Namespace(StrEnum):
     """What tensors are called in a checkpoint."""
@@ -55,8 +57,19 @@ class Place(NamedTuple):
     parts_per_expert: int = 0  # 0: the whole tensor
 
 
-_RELEASED_LEAVES = {"weight": "weight", "scale": "scale"}
-_LEAVES = {"weight": "weight", "scale": "weight_scale_inv"}  # both mean "multiply by", despite the "inv"
+# What stands in place of {leaf} under released names. All scales mean "multiply by".
+LEAVES = {
+    Spelling.RELEASED: {"weight": "weight", "scale": "scale"},
+    Spelling.MODELOPT: {
+        "weight": "weight",
+        "scale": "weight_scale",
+        "scale_2": "weight_scale_2",
+        "input_scale": "input_scale",
+    },
+    Spelling.COMPRESSED: {"weight": "weight", "scale": "weight_scale"},
+    Spelling.COMPRESSED_PACKED: {"weight": "weight_packed", "scale": "weight_scale"},
+}
+_TRANSFORMERS_LEAVES = {"weight": "weight", "scale": "weight_scale_inv"}  # "multiply by" too, despite the "inv"
 _FUSED_LEAVES = {"weight": "", "scale": "_scale_inv"}
 
 _TOP = (
@@ -217,23 +230,29 @@ class Table:
 
     def __init__(self, rows: tuple[Rename, ...]) -> None:
         self.rows = rows
-        self._by_deepseek = _compile((row.deepseek, _RELEASED_LEAVES, row) for row in rows)
-        self._by_transformers = _compile((row.transformers, _LEAVES, row) for row in rows)
+        self._by_deepseek = _compile((row.deepseek, LEAVES[Spelling.RELEASED], row) for row in rows)
+        self._by_transformers = _compile((row.transformers, _TRANSFORMERS_LEAVES, row) for row in rows)
         self._by_fused = _compile((row.fused.name, _FUSED_LEAVES, row) for row in rows if row.fused)
 
     def match(self, name: str) -> Match | None:
         """Take a released name apart; None if no row knows it."""
         return _lookup(self._by_deepseek, name)
 
-    def place(self, match: Match, namespace: Namespace, experts: Experts = Experts.FUSED) -> Place:
-        """Where the tensor stands in a namespace."""
+    def place(
+        self,
+        match: Match,
+        namespace: Namespace,
+        experts: Experts = Experts.FUSED,
+        spelling: Spelling = Spelling.RELEASED,
+    ) -> Place:
+        """Where the tensor stands in a namespace. Spellings of other tools go with released names only."""
         row, numbers, leaf = match
         if namespace is Namespace.DEEPSEEK:
-            return Place(_fill(row.deepseek, numbers, leaf))
+            return Place(_fill(row.deepseek, numbers, LEAVES[spelling].get(leaf, "")))
         if row.fused and experts is Experts.FUSED:
             name = _fill(row.fused.name, numbers, _FUSED_LEAVES[leaf])
             return Place(name, numbers["E"] * row.fused.parts + row.fused.part, row.fused.parts)
-        return Place(_fill(row.transformers, numbers, _LEAVES.get(leaf, "")))
+        return Place(_fill(row.transformers, numbers, _TRANSFORMERS_LEAVES.get(leaf, "")))
 
     def from_transformers(self, name: str) -> Match | None:
         """The logical tensor behind a transformers name that holds a whole one."""

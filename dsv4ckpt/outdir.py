@@ -19,11 +19,12 @@ import socket
 import zlib
 from collections.abc import Iterator
 
-from .errors import Busy, ForeignOutput, printable
+from .errors import Busy, Dsv4Error, ForeignOutput, printable
 from .formats import MANIFEST_NAME, WORK_NAME
 from .sink import FileSink, Receipt, io_errors
 
 _OUR_WORK_FILES = ("plan", "journal", "lock")
+PART_PREFIX = "roundtrip."  # of the files that `new_part` makes
 
 
 class OutDir:
@@ -128,9 +129,17 @@ class OutDir:
         self.publish_bytes(MANIFEST_NAME, manifest, journal=False)
         self.clean()
 
-    def abandon(self) -> None:
-        """After an error: if nothing of this plan was finished, or by another run begun, leave no trace."""
-        if self._is_new and not self.finished:
+    def abandon(self, *, refused: bool = False) -> None:
+        """After an error: if nothing of this plan was finished, or by another run begun, leave no trace.
+
+        refused   the input cannot become this output, so that nobody will continue: finished files go as well
+        """
+        if refused:
+            for name in self.finished:
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(self.path, name))
+            self.finished.clear()
+        if (self._is_new or refused) and not self.finished:
             self.clean()
             if self.made_directory:
                 with contextlib.suppress(OSError):
@@ -138,19 +147,65 @@ class OutDir:
 
     def clean(self) -> None:
         """Remove our own files and the work directory; what others left in it stays, and so does it then."""
-        for name in _OUR_WORK_FILES:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(self._work, name))
+        with contextlib.suppress(FileNotFoundError):
+            parts = [name for name in os.listdir(self._work) if name.startswith(PART_PREFIX)]
+            for name in (*parts, *_OUR_WORK_FILES):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(self._work, name))
         with contextlib.suppress(OSError):
             os.rmdir(self._work)
 
     # -- files
 
-    def new_file(self, name: str, size: int) -> FileSink:
+    def new_file(self, name: str, size: int, *, in_order: bool = True) -> FileSink:
         """A file of exactly `size` bytes that appears under `name` when the `with` block ends well."""
         with io_errors(name):
             temporary = self._temporary(name)
-        return FileSink(name, size, temporary, functools.partial(self._publish, journal=True))
+        publish = functools.partial(self._publish, journal=True)
+        return FileSink(name, size, temporary, publish, in_order=in_order)
+
+    @contextlib.contextmanager
+    def new_part(self, name: str) -> Iterator[int]:
+        """A file of the work directory, to be written through its descriptor; durable when the block ends well."""
+        with io_errors(name):
+            temporary = self._temporary(name)
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                try:
+                    yield fd
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+                os.rename(temporary, os.path.join(self._work, name))
+                _sync_directory(self._work)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+
+    @contextlib.contextmanager
+    def open_part(self, name: str) -> Iterator[int]:
+        """A finished file of the work directory. raises Environment"""
+        with io_errors(name):
+            fd = os.open(os.path.join(self._work, name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                yield fd
+            finally:
+                os.close(fd)
+
+    def part_sha256(self, name: str) -> str | None:
+        """SHA-256 of a finished file of the work directory; None if it is not there."""
+        if not os.path.exists(os.path.join(self._work, name)):
+            return None
+        digest = hashlib.sha256()
+        with self.open_part(name) as fd:
+            while data := os.read(fd, 1 << 22):
+                digest.update(data)
+        return digest.hexdigest()
+
+    def forget(self, name: str) -> None:
+        """Count a finished file as not finished: what belongs to it is lost."""
+        self.finished.pop(name, None)
 
     def publish_bytes(self, name: str, data: bytes, *, journal: bool = True) -> Receipt:
         """Write a small file through the same protocol."""
@@ -243,8 +298,8 @@ def open_outdir(path: str, plan_sha256: str, known: set[str], source_sha256: str
             out.lock()
             out.load(known)
         yield out
-    except BaseException:
-        out.abandon()
+    except BaseException as error:
+        out.abandon(refused=isinstance(error, Dsv4Error) and error.leaves_nothing)
         raise
     finally:
         out.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
@@ -18,35 +18,55 @@ from typing import Any, NamedTuple, Protocol
 from . import __version__, formats, shard, strictjson
 from . import config as configs
 from .errors import NotConform, Usage
-from .formats import CONFIG_NAME, INDEX_NAME, Block, Shape, Storage
-from .inventory import Logical, Stored, lay_out, shard_groups
+from .formats import CONFIG_NAME, INDEX_NAME, Kind, Quant, Shape, Spelling, Storage, Target
+from .inventory import Layout, Logical, Stored, lay_out, shard_groups
 from .names import Namespace
+from .original import Original, remember
+from .release import shipped_config
+from .sidecar import Remembered
 from .source import Checkpoint, SmallFile
 from .survey import Survey
 
 _METADATA = {"format": "pt"}  # what loaders look for
+_BF16_BYTES = 2
+_MODELOPT_CONFIG = "hf_quant_config.json"
 _SPACE_MARGIN = 64 * 1024 * 1024  # bytes kept free beyond the output itself
 
 
 class Op(StrEnum):
-    """How stored bytes become output bytes."""
+    """How stored bytes become output bytes.  Conversions are composed of these, whatever their ends."""
 
-    COPY = "copy"
-    FP4 = "fp4"
-    FP8 = "fp8"
+    COPY = "copy"  # as they are
+    DECODE = "decode"  # codes and scales -> BF16
+    SCALES = "scales"  # E8M0 <-> F32 scales of the same codes
+    RECAST = "recast"  # FP4 codes -> FP8 codes
+    TILES = "tiles"  # FP4 scales -> the scales of those FP8 codes
+    NVFP4_SCALES = "nvfp4 scales"  # FP4 scales -> E4M3 per 16
+    NVFP4_SCALE_2 = "nvfp4 scale 2"  # and the F32 number that they are relative to
+    NUMBER = "number"  # one F32 number that is known now
+    ENCODE = "encode"  # values, or codes by their values -> other codes and their scales
 
 
-_GROWTH = {Op.COPY: 1, Op.FP4: 4, Op.FP8: 2}  # output bytes for each stored byte
+class Matrix(NamedTuple):
+    """One quantized matrix that shares a scale with another: its FP4 scales and codes, or its values."""
+
+    source: str
+    begin: int
+    rows: int
+    row_bytes: int
+    scale: str | None
+    scale_begin: int
+    scale_row_bytes: int
 
 
 class Step(NamedTuple):
     """Rows [begin, begin + rows) of one stored tensor, leading dimensions flattened, become output bytes.
 
-    scale is None for COPY, and for FP8 whose scales the user declared to be 1.
+    scale is None for what is not quantized, and for FP8 whose scales the user declared to be 1.
     """
 
     op: Op
-    name: str  # the logical tensor, for messages
+    name: str  # the logical tensor, by its name in the source
     source: str
     begin: int
     rows: int
@@ -54,12 +74,53 @@ class Step(NamedTuple):
     scale: str | None = None
     scale_begin: int = 0
     scale_row_bytes: int = 0
-    scale_dtype: str = ""
-    block: Block = Block(1, 1)
+    quant: Quant | None = None  # of the source
+    per_tensor: tuple[str, ...] = ()  # the source's further scales, as quant names them
+    target: Quant | None = None  # of the output
+    scale_out: str | None = (
+        None  # ENCODE: the output tensor of this file that takes the scales, from this row on
+    )
+    scale_out_begin: int = 0
+    shared: tuple[Matrix, ...] = ()  # NVFP4: the matrices under one weight_scale_2, this one included
+    number: float = 0.0  # NUMBER
+    leaf: str = "weight"  # which tensor of the matrix this makes, in the words of names.LEAVES
+
+    @property
+    def is_scale(self) -> bool:
+        """Whether the values themselves, or their codes, are made by another step."""
+        return self.leaf != "weight"
+
+    @property
+    def columns(self) -> int:
+        """Values in a row."""
+        if self.quant is None:
+            return self.row_bytes // _BF16_BYTES
+        return self.row_bytes * self.quant.codes_per_element
+
+    @property
+    def out_row_bytes(self) -> int:
+        """Output bytes for one row of a step that makes rows from rows."""
+        if self.op is Op.COPY:
+            return self.row_bytes
+        if self.op is Op.DECODE:
+            return self.columns * _BF16_BYTES
+        assert self.target is not None
+        return formats.ceil_div(self.columns, self.target.codes_per_element)
+
+    @property
+    def out_bytes(self) -> int:
+        """Output bytes of the whole step in its tensor."""
+        if self.op in (Op.COPY, Op.DECODE, Op.RECAST) or (self.op is Op.ENCODE and self.leaf == "weight"):
+            return self.rows * self.out_row_bytes
+        if self.op in (Op.NUMBER, Op.NVFP4_SCALE_2):
+            return formats.DTYPE_BITS["F32"] // 8
+        assert self.target is not None
+        grid = formats.scale_shape((self.rows, self.columns), self.target.block)
+        return formats.stored_bytes(self.target.scale, grid)
 
 
 class PlannedTensor(NamedTuple):
-    """One output tensor: its steps' results one after the other."""
+    """One output tensor: its steps' results one after the other. Without steps: scales that ENCODE steps fill."""
 
     name: str
     dtype: str
@@ -69,18 +130,35 @@ class PlannedTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """One output shard."""
+    """One output shard, its tensors in the order of their bytes."""
 
     name: str
     tensors: tuple[PlannedTensor, ...]
+    released_header: bytes | None = None  # as the release had it; None: our canonical one
 
     @functools.cached_property
     def header(self) -> bytes:
+        if self.released_header is not None:
+            return self.released_header
         return shard.encode_header(((t.name, t.dtype, t.shape) for t in self.tensors), _METADATA)
 
     @functools.cached_property
     def size(self) -> int:
         return len(self.header) + sum(formats.stored_bytes(t.dtype, t.shape) for t in self.tensors)
+
+    @functools.cached_property
+    def begins(self) -> dict[str, int]:
+        """Where each tensor's bytes begin in the file."""
+        position, found = len(self.header), {}
+        for tensor in self.tensors:
+            found[tensor.name] = position
+            position += formats.stored_bytes(tensor.dtype, tensor.shape)
+        return found
+
+    @property
+    def in_order(self) -> bool:
+        """Whether bytes can be made in the order of the file. ENCODE makes codes and scales at once."""
+        return not any(step.op is Op.ENCODE for tensor in self.tensors for step in tensor.steps)
 
 
 class Dropped(NamedTuple):
@@ -91,11 +169,18 @@ class Dropped(NamedTuple):
     size: int
 
 
+class ScalePolicy(StrEnum):
+    """Which scales blocks get whose values changed."""
+
+    KEEP = "keep"  # the source's while it fits, else the best of its neighbours
+    FRESH = "fresh"  # what DeepSeek's quantizer would choose
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """What the output is to be. Every field changes bytes, so every field is part of the plan's hash."""
+    """What the output is to be. Every field that changes bytes is part of the plan's hash."""
 
-    target: Storage = Storage.BF16
+    target: Target = Target.BF16
     namespace: Namespace = Namespace.DEEPSEEK
     layers: tuple[int, ...] | None = None  # ascending source layers; None: all
     keep_mtp: bool = True
@@ -104,6 +189,9 @@ class ConvertOptions:
     )  # Hub tools split here by default; one tensor may exceed it, alone in its shard
     allow_nan: frozenset[str] = frozenset()  # released names of tensors whose NaN or infinities are accepted
     unit_scales: frozenset[str] = frozenset()  # released names of FP8 weights that are stored without scales
+    scale_policy: ScalePolicy = ScalePolicy.KEEP  # of blocks whose values changed
+    input_scales: Mapping[str, float] | None = None  # NVFP4: tensor name -> activation scale; None: all are 1
+    allow_lossy: bool = False  # accept that values change
 
 
 @dataclass(frozen=True)
@@ -113,6 +201,7 @@ class Plan:
     options: ConvertOptions
     release: str
     storage: Storage  # of the source
+    target: Storage
     source: tuple[tuple[str, int, str], ...]  # (file, size, SHA-256 of its header)
     files: tuple[PlannedFile, ...]
     written: dict[str, bytes]  # files that we make: config and index
@@ -120,6 +209,10 @@ class Plan:
     left: tuple[SmallFile, ...]  # small files that are not carried
     dropped: tuple[Dropped, ...]
     opaque: tuple[str, ...]  # input tensors carried byte for byte without being interpreted
+    layout: str  # whose shards the output has, in words
+    remembered: Remembered | None = None  # what the sidecar is to say; None: no sidecar is written
+    carries_sidecar: bool = False  # the source's own sidecar holds for the output too
+    original: Original | None = None  # the release that values are compared with
     num_unchanged: int = field(default=0)  # output tensors whose bytes are copied
 
     @functools.cached_property
@@ -128,7 +221,7 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """Size of the finished directory without its manifest."""
+        """Size of the finished directory without its manifest and sidecar."""
         return (
             self.shard_bytes + sum(map(len, self.written.values())) + sum(size for _, size, _ in self.copied)
         )
@@ -161,9 +254,13 @@ class Plan:
             "written": {name: hashlib.sha256(data).hexdigest() for name, data in self.written.items()},
             "copied": [list(item) for item in self.copied],
             "dropped": [list(item) for item in self.dropped],
+            "layout": self.layout,
+            "sidecar": "written" if self.remembered else "carried" if self.carries_sidecar else None,
+            "original": self.original.identity if self.original else None,
         }
 
     def describe_options(self) -> dict[str, Any]:
+        """What changes bytes; --allow-lossy only permits."""
         options = self.options
         return {
             "to": options.target.value,
@@ -173,6 +270,10 @@ class Plan:
             "max_shard_bytes": options.max_shard_bytes,
             "allow_nan": sorted(options.allow_nan),
             "unit_scale": sorted(options.unit_scales),
+            "scale_policy": options.scale_policy.value,
+            "input_scales": None
+            if options.input_scales is None
+            else dict(sorted(options.input_scales.items())),
         }
 
 
@@ -181,52 +282,177 @@ def space_needed(remaining_bytes: int) -> int:
     return remaining_bytes + _SPACE_MARGIN
 
 
-def make_plan(survey: Survey, options: ConvertOptions) -> Plan:
+def make_plan(survey: Survey, options: ConvertOptions, original: Original | None = None) -> Plan:
     """Plan a conversion.
 
-    raises  NotConform and its kin if the source is not what its config asks for, Usage for options that do not fit
+    original  the release that the source was made from: its sidecar or its files; untouched values get its bytes back
+    raises    NotConform and its kin if the source is not what its config asks for, Usage for options that do not fit,
+              BadSidecar or NotConform for an original of another checkpoint
     """
     survey.require_conform()
-    if options.target is not Storage.BF16:
-        raise Usage(f"{options.target} cannot be written yet", expected=Storage.BF16)
+    identity = survey.identity
+    storage = formats.storage_of(options.target, identity.release.storage)
+    _require_possible(survey, options, storage)
     layers = _selected_layers(survey, options)
     _require_known_names(survey, options)
     kept, dropped_logicals = _select(survey, layers, options)
     target = lay_out(
-        [renamed for _, renamed in kept],
-        survey.identity.release.family.table,
-        options.target,
-        options.namespace,
+        [renamed for _, renamed in kept], identity.release.family.table, storage, options.namespace
     )
-    origin = {renamed.name: source for source, renamed in kept}
-    groups = [[_planned(survey, stored, origin) for stored in group] for group in shard_groups(target)]
-    groups.append([_carried(survey.checkpoint, name) for name in survey.opaque])
-    files = _split(groups, options.max_shard_bytes)
+    is_back = storage is identity.release.storage and identity.storage is not storage
+    original = original if is_back else None
+    if original:
+        _leave_out_absent_scales(original, target)
+        _require_kin(original, survey, target)
+    maker = _Maker(survey, options, target, {renamed.name: source for source, renamed in kept})
+    files = _files(maker, original)
+    _require_used_scales(options, target)
     dropped = _dropped(survey, dropped_logicals)
     document = configs.for_subset(survey.document, layers, keep_mtp=options.keep_mtp)
-    small = survey.checkpoint.small_files()
+    released = original is not None and files[0].released_header is not None
+    small = [item for item in survey.checkpoint.small_files() if _is_wanted(item)]
     plan = Plan(
         options=options,
-        release=survey.identity.release.name,
-        storage=survey.identity.storage,
+        release=identity.release.name,
+        storage=identity.storage,
+        target=storage,
         source=tuple(
             (item.name, item.stamp.size, item.header.sha256) for item in survey.checkpoint.shards.values()
         ),
         files=files,
-        written={
-            CONFIG_NAME: strictjson.pretty(configs.for_bf16(document)),
-            INDEX_NAME: index_bytes((file.name, file.tensors) for file in files),
-        },
+        written=_written(survey, storage, document, files, original if released else None),
         copied=tuple(_hashed(survey.checkpoint, item) for item in small if item.left is None),
         left=tuple(item for item in small if item.left is not None),
         dropped=tuple(dropped),
         opaque=tuple(survey.opaque),
+        layout="as released" if released else f"shards of at most {options.max_shard_bytes:,} bytes",
+        remembered=_remembered(survey, storage, dropped),
+        carries_sidecar=_sidecar_holds(survey, storage, files, dropped),
+        original=original,
         num_unchanged=sum(
-            all(step.op is Op.COPY for step in tensor.steps) for file in files for tensor in file.tensors
+            bool(tensor.steps) and all(step.op is Op.COPY for step in tensor.steps)
+            for file in files
+            for tensor in file.tensors
         ),
     )
     _require_conservation(survey, plan)
     return plan
+
+
+def _require_possible(survey: Survey, options: ConvertOptions, storage: Storage) -> None:
+    if options.namespace is not Namespace.DEEPSEEK and not formats.fits_any_namespace(storage):
+        raise Usage(
+            f"{options.target} goes with the released names: its readers know no others",
+            expected="--names deepseek",
+            do="leave --names out",
+        )
+    expert = formats.QUANTS[survey.identity.release.storage][Kind.EXPERT]
+    needs_fp4 = options.target in (Target.NVFP4, Target.MXFP4_CT)
+    if needs_fp4 and expert.codes_per_element == 1 and not options.allow_lossy:
+        raise Usage(
+            f"{options.target} stores experts as FP4, and {survey.identity.release.name} has them as FP8: "
+            "most values would be rounded",
+            do="choose --to fp8 or --to fp8-f32scale, or accept the loss with --allow-lossy",
+        )
+    if options.input_scales is not None and options.target is not Target.NVFP4:
+        raise Usage("--input-scales goes with --to nvfp4 only", do="leave it out")
+    for name, value in (options.input_scales or {}).items():
+        head, _, inner = name.rpartition(".w")
+        twin = f"{head}.w{'3' if inner.startswith('1.') else '1'}.input_scale"
+        if (
+            inner in ("1.input_scale", "3.input_scale")
+            and options.input_scales
+            and options.input_scales.get(twin) != value
+        ):
+            raise Usage(
+                f"--input-scales gives {name!r} and {twin!r} different numbers", do="w1 and w3 share theirs"
+            )
+
+
+def _require_used_scales(options: ConvertOptions, target: Layout) -> None:
+    for name in sorted((options.input_scales or {}).keys() - target.stored.keys()):
+        raise Usage(f"--input-scales names {name!r}, which the output does not have", do="check the spelling")
+
+
+def _leave_out_absent_scales(original: Original, target: Layout) -> None:
+    """A release may lack the scales of a matrix (--unit-scale): so does what is made of it."""
+    names = {name for _, _, entries in original.files for name in entries}
+    for stored in [*target.stored.values()]:
+        weights = [target.weights[part.logical.name][0] for part in stored.parts]
+        if stored.leaf == "scale" and stored.name not in names and names.issuperset(weights):
+            del target.stored[stored.name]
+
+
+def _require_kin(original: Original, survey: Survey, target: Layout) -> None:
+    """raises BadSidecar or NotConform if these values cannot have come from that release"""
+    identity = survey.identity
+    for what, mine, theirs in (
+        ("release", identity.release.name, original.remembered.release),
+        ("storage", identity.release.storage.value, original.remembered.storage),
+    ):
+        if mine != theirs:
+            raise original.refuse(f"another {what}", expected=mine, found=repr(theirs)[:80])
+    entries = {name: entry for _, _, found in original.files for name, entry in found.items()}
+    if target.namespace is not Namespace.DEEPSEEK:
+        return
+    for stored in target.stored.values():
+        entry = entries.get(stored.name)
+        if entry is None:
+            raise original.refuse(f"it has no tensor {stored.name!r}")
+        if entry is not None and (entry.dtype, entry.shape) != (stored.dtype, stored.shape):
+            raise original.refuse(
+                f"tensor {stored.name!r} differs",
+                expected=f"{stored.dtype} {list(stored.shape)}",
+                found=f"{entry.dtype} {list(entry.shape)}",
+            )
+    for name in survey.opaque:
+        if name not in entries:
+            raise original.refuse(f"it has no tensor {name!r}")
+
+
+def _is_wanted(item: SmallFile) -> bool:
+    """hf_quant_config.json describes ModelOpt's storage only, and is made anew for it."""
+    return item.name != _MODELOPT_CONFIG or item.left is not None
+
+
+def _written(
+    survey: Survey,
+    storage: Storage,
+    document: dict[str, Any],
+    files: tuple[PlannedFile, ...],
+    released: Original | None,
+) -> dict[str, bytes]:
+    """config.json, the index, and what else a storage format asks for; the released ones where they still hold."""
+    shipped = released.config if released else shipped_config(survey.identity.release.name)
+    made = configs.for_storage(document, storage, shipped)
+    config = strictjson.pretty(made)
+    if released and configs.for_bf16(released.config) == configs.for_bf16(document):
+        config = released.remembered.config
+    index = index_bytes((file.name, file.tensors) for file in files)
+    if released:
+        index = released.remembered.weight_map or index
+    written = {CONFIG_NAME: config, INDEX_NAME: index}
+    if formats.QUANTS[storage] and formats.QUANTS[storage][Kind.EXPERT].spelling is Spelling.MODELOPT:
+        written[_MODELOPT_CONFIG] = strictjson.pretty(configs.hf_quant_config(made))
+    return written
+
+
+def _remembered(survey: Survey, storage: Storage, dropped: list[Dropped]) -> Remembered | None:
+    """What a sidecar is to say: a whole released checkpoint becomes something else."""
+    identity = survey.identity
+    if identity.storage is not identity.release.storage or storage is identity.storage or dropped:
+        return None
+    return remember(survey)
+
+
+def _sidecar_holds(
+    survey: Survey, storage: Storage, files: tuple[PlannedFile, ...], dropped: list[Dropped]
+) -> bool:
+    """Whether the source's sidecar, if it has one, describes the output as well: the same bytes under other names."""
+    if survey.identity.storage is survey.identity.release.storage or dropped:
+        return False
+    copied = all(step.op is Op.COPY for file in files for tensor in file.tensors for step in tensor.steps)
+    return copied and survey.checkpoint.has_sidecar and storage is not survey.identity.release.storage
 
 
 def _selected_layers(survey: Survey, options: ConvertOptions) -> tuple[int, ...]:
@@ -277,7 +503,7 @@ def _dropped(survey: Survey, logicals: list[Logical]) -> list[Dropped]:
     reasons: dict[str, str] = {}
     for logical in logicals:
         reason = "--mtp drop" if logical.name.startswith("mtp.") else "--layers"
-        for where in (layout.weights, layout.scales):
+        for where in (layout.weights, layout.scales, *layout.per_tensor.values()):
             if logical.name in where and where[logical.name][0] in tensors:
                 reasons[where[logical.name][0]] = reason
     found = []
@@ -287,39 +513,141 @@ def _dropped(survey: Survey, logicals: list[Logical]) -> list[Dropped]:
     return found
 
 
-def _planned(survey: Survey, stored: Stored, origin: dict[str, Logical]) -> PlannedTensor:
-    steps = tuple(_step(survey, origin[part.logical.name]) for part in stored.parts)
-    return PlannedTensor(stored.name, stored.dtype, stored.shape, steps)
+class _Maker:
+    """Makes the steps of each output tensor."""
+
+    def __init__(
+        self, survey: Survey, options: ConvertOptions, target: Layout, origin: dict[str, Logical]
+    ) -> None:
+        self.survey, self.options, self.target = survey, options, target
+        self._origin = origin  # logical name in the target -> logical tensor of the source
+        self._number_names: set[str] = set()
+
+    def steps(self, stored: Stored, in_file: set[str]) -> tuple[Step, ...]:
+        """The steps that fill one output tensor of a file that holds `in_file`."""
+        made = []
+        for part in stored.parts:
+            step = self._step(stored, part.logical, in_file)
+            if step is not None:
+                made.append(step)
+        return tuple(made)
+
+    def _step(self, stored: Stored, logical: Logical, in_file: set[str]) -> Step | None:
+        origin = self._origin[logical.name]
+        before, after = self.survey.layout.quant(origin), self.target.quant(logical)
+        op = _op(before, after, stored.leaf, lossy=self.options.allow_lossy)
+        if op is Op.NUMBER:
+            return self._number(stored, origin)
+        step = self._read(op, origin, after)._replace(leaf=stored.leaf)
+        if op is Op.COPY and stored.leaf != "weight":
+            return self._copied_leaf(stored.leaf, origin)
+        if op in (Op.NVFP4_SCALES, Op.NVFP4_SCALE_2) or (op is Op.ENCODE and after and after.per_tensor):
+            step = step._replace(shared=self._shared(origin))
+        if op is not Op.ENCODE:
+            return step
+        scale, index = self.target.scales[logical.name]
+        if stored.leaf == "weight" and scale in in_file:
+            return step._replace(
+                scale_out=scale, scale_out_begin=self.target.stored[scale].parts[index].begin
+            )
+        if stored.leaf == "weight":
+            return step  # the scales stand in another shard, and are made once more for it
+        if self.target.weights[logical.name][0] in in_file:
+            return None  # the step of the codes fills the scales too
+        begin = self.target.stored[scale].parts[index].begin
+        return step._replace(scale_out=scale, scale_out_begin=begin)
+
+    def _read(self, op: Op, origin: Logical, after: Quant | None) -> Step:
+        """A step that reads the whole of a logical tensor."""
+        layout = self.survey.layout
+        source, index = layout.weights[origin.name]
+        held = layout.stored[source]
+        row_bytes = formats.stored_bytes(held.dtype, held.shape[-1:] if len(held.shape) > 1 else held.shape)
+        part = held.parts[index]
+        step = Step(op, origin.name, source, part.begin, part.rows, row_bytes, target=after)
+        quant = layout.quant(origin)
+        if quant is None:
+            return step
+        step = step._replace(
+            quant=quant,
+            per_tensor=tuple(layout.per_tensor[leaf][origin.name][0] for leaf in quant.per_tensor),
+        )
+        scale, scale_index = layout.scales[origin.name]
+        if scale not in self.survey.checkpoint.tensors:
+            return step
+        scales = layout.stored[scale]
+        return step._replace(
+            scale=scale,
+            scale_begin=scales.parts[scale_index].begin,
+            scale_row_bytes=formats.stored_bytes(quant.scale, scales.shape[-1:]),
+        )
+
+    def _copied_leaf(self, leaf: str, origin: Logical) -> Step:
+        layout = self.survey.layout
+        index = layout.scales if leaf == "scale" else layout.per_tensor[leaf]
+        name, number = index[origin.name]
+        held = layout.stored[name]
+        row_bytes = formats.stored_bytes(held.dtype, held.shape[-1:] if len(held.shape) > 1 else held.shape)
+        part = held.parts[number]
+        return Step(Op.COPY, origin.name, name, part.begin, part.rows, row_bytes, leaf=leaf)
+
+    def _number(self, stored: Stored, origin: Logical) -> Step:
+        step = self._read(Op.NUMBER, origin, None)._replace(leaf=stored.leaf)
+        if self.options.input_scales is None:
+            return step._replace(number=1.0)
+        if stored.name not in self.options.input_scales:
+            raise Usage(
+                f"--input-scales does not name {stored.name!r}", do="name every expert, or leave it out"
+            )
+        return step._replace(number=self.options.input_scales[stored.name])
+
+    def _shared(self, origin: Logical) -> tuple[Matrix, ...]:
+        """w1 and w3 of an expert are multiplied as one matrix: they share weight_scale_2."""
+        head, _, inner = origin.name.rpartition(".w")
+        both = ("w1", "w3") if inner.partition(".")[0] in ("1", "3") else ("w2",)
+        found = []
+        for name in both:
+            step = self._read(Op.COPY, origin._replace(name=f"{head}.{name}.weight"), None)
+            found.append(
+                Matrix(
+                    step.source,
+                    step.begin,
+                    step.rows,
+                    step.row_bytes,
+                    step.scale,
+                    step.scale_begin,
+                    step.scale_row_bytes,
+                )
+            )
+        return tuple(found)
 
 
-def _step(survey: Survey, logical: Logical) -> Step:
-    """The step that makes the BF16 form of one logical tensor from the way the source stores it."""
-    layout = survey.layout
-    source, index = layout.weights[logical.name]
-    part = layout.stored[source].parts[index]
-    dtype, shape = layout.stored[source].dtype, layout.stored[source].shape
-    row_bytes = formats.stored_bytes(dtype, shape[-1:] if len(shape) > 1 else shape)
-    quant = layout.quant(logical)
-    if quant is None:
-        return Step(Op.COPY, logical.name, source, part.begin, part.rows, row_bytes)
-    op = Op.FP4 if quant.codes_per_element == 2 else Op.FP8
-    scale, scale_index = layout.scales[logical.name]
-    if scale not in survey.checkpoint.tensors:
-        return Step(op, logical.name, source, part.begin, part.rows, row_bytes, block=quant.block)
-    scale_part = layout.stored[scale].parts[scale_index]
-    return Step(
-        op,
-        logical.name,
-        source,
-        part.begin,
-        part.rows,
-        row_bytes,
-        scale,
-        scale_part.begin,
-        formats.stored_bytes(quant.scale, layout.stored[scale].shape[-1:]),
-        quant.scale,
-        quant.block,
-    )
+def _op(before: Quant | None, after: Quant | None, leaf: str, *, lossy: bool) -> Op:
+    """What makes one of the tensors of a quantized matrix from another way to store it."""
+    if after is None:
+        return Op.COPY if before is None else Op.DECODE
+    if leaf == "input_scale" and not (before and before.per_tensor):
+        return Op.NUMBER
+    if before is None:
+        return _of_encoding(leaf)
+    if before.codes_per_element == after.codes_per_element == 2:
+        if bool(before.per_tensor) == bool(after.per_tensor):
+            return Op.COPY
+        if before.per_tensor:
+            return Op.ENCODE
+        return {"weight": Op.COPY, "scale": Op.NVFP4_SCALES, "scale_2": Op.NVFP4_SCALE_2}[leaf]
+    if before.codes_per_element == after.codes_per_element and before.block == after.block:
+        rounds = before.scale == "F32" and after.scale != "F32"  # an F32 scale need not be a power of two
+        if rounds and lossy:
+            return Op.ENCODE
+        return Op.COPY if leaf == "weight" or before.scale == after.scale else Op.SCALES
+    if before.codes_per_element == 2 and not before.per_tensor:
+        return Op.RECAST if leaf == "weight" else Op.TILES
+    return _of_encoding(leaf)
+
+
+def _of_encoding(leaf: str) -> Op:
+    return Op.NVFP4_SCALE_2 if leaf == "scale_2" else Op.ENCODE
 
 
 def _carried(checkpoint: Checkpoint, name: str) -> PlannedTensor:
@@ -328,9 +656,46 @@ def _carried(checkpoint: Checkpoint, name: str) -> PlannedTensor:
     return PlannedTensor(name, entry.dtype, entry.shape, (step,))
 
 
-def _split(groups: list[list[PlannedTensor]], max_shard_bytes: int) -> tuple[PlannedFile, ...]:
+def _files(maker: _Maker, original: Original | None) -> tuple[PlannedFile, ...]:
+    """The output shards: laid out as the release had them if all of it is there, else by size."""
+    survey, target = maker.survey, maker.target
+    opaque = {name: _carried(survey.checkpoint, name) for name in survey.opaque}
+    if original and target.namespace is Namespace.DEEPSEEK:
+        names = {name for _, _, entries in original.files for name in entries}
+        if names == target.stored.keys() | opaque.keys():
+            return tuple(
+                PlannedFile(
+                    file,
+                    tuple(
+                        opaque[name] if name in opaque else _planned(maker, target.stored[name], {*entries})
+                        for name in entries
+                    ),
+                    header,
+                )
+                for file, header, entries in original.files
+            )
+    groups: list[list[_Described]] = [[*group] for group in shard_groups(target)]
+    groups.append([*opaque.values()])
+    shards = _split(groups, maker.options.max_shard_bytes)
+    files = []
+    for number, tensors in enumerate(shards, 1):
+        in_file = {tensor.name for tensor in tensors}
+        planned = (
+            opaque.get(tensor.name) or _planned(maker, target.stored[tensor.name], in_file)
+            for tensor in tensors
+        )
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        files.append(PlannedFile(name, tuple(planned)))
+    return tuple(files)
+
+
+def _planned(maker: _Maker, stored: Stored, in_file: set[str]) -> PlannedTensor:
+    return PlannedTensor(stored.name, stored.dtype, stored.shape, maker.steps(stored, in_file))
+
+
+def _split(groups: list[list[_Described]], max_shard_bytes: int) -> list[list[_Described]]:
     """Fill shards in order; a tensor larger than the limit stands alone."""
-    shards: list[list[PlannedTensor]] = []
+    shards: list[list[_Described]] = []
     for group in groups:
         # widest dtype first, so that every tensor starts at a multiple of its element
         ordered = sorted(group, key=lambda tensor: -formats.DTYPE_BITS[tensor.dtype])
@@ -342,11 +707,7 @@ def _split(groups: list[list[PlannedTensor]], max_shard_bytes: int) -> tuple[Pla
                 size = 0
             shards[-1].append(tensor)
             size += added
-    count = len(shards)
-    return tuple(
-        PlannedFile(f"model-{number:05d}-of-{count:05d}.safetensors", tuple(tensors))
-        for number, tensors in enumerate(shards, 1)
-    )
+    return shards
 
 
 class _Described(Protocol):
@@ -378,7 +739,7 @@ def _hashed(checkpoint: Checkpoint, item: SmallFile) -> tuple[str, int, str]:
 
 
 def _require_conservation(survey: Survey, plan: Plan) -> None:
-    """Every input row once, or dropped by name; every output once, and filled.
+    """Every input row used, none twice for two outputs, or dropped by name; every output once, and filled.
 
     A failure here is our bug, caught before a byte is written.
     """
@@ -386,23 +747,22 @@ def _require_conservation(survey: Survey, plan: Plan) -> None:
     made = [tensor for file in plan.files for tensor in file.tensors]
     if len({tensor.name for tensor in made}) != len(made):
         raise NotConform("two outputs would have one name", do="please report this")
-    for tensor in made:
-        size = sum(step.rows * step.row_bytes * _GROWTH[step.op] for step in tensor.steps)
-        if size != formats.stored_bytes(tensor.dtype, tensor.shape):
-            raise NotConform(f"tensor {tensor.name!r} would not be filled", do="please report this")
     uses: dict[str, list[tuple[int, int]]] = {name: [] for name in tensors}
     for file in plan.files:
+        filled = _filled(file)
         for tensor in file.tensors:
+            if filled[tensor.name] != formats.stored_bytes(tensor.dtype, tensor.shape):
+                raise NotConform(f"tensor {tensor.name!r} would not be filled", do="please report this")
             for step in tensor.steps:
-                uses[step.source].append((step.begin, step.rows))
-                if step.scale:
-                    rows = formats.ceil_div(step.rows, step.block.rows)
-                    uses[step.scale].append((step.scale_begin, rows))
+                _use(uses, step)
     for item in plan.dropped:
         uses[item.name].append((0, _num_rows(tensors[item.name].entry.shape)))
+    made_twice = _duplicates(plan)
+    if made_twice:
+        raise NotConform(f"tensor {made_twice!r} would not be used exactly once", do="please report this")
     for name, ranges in uses.items():
         position = 0
-        for begin, rows in sorted(ranges):
+        for begin, rows in sorted(set(ranges)):
             if begin != position:
                 position = -1
                 break
@@ -410,6 +770,41 @@ def _require_conservation(survey: Survey, plan: Plan) -> None:
         expected = 1 if name in survey.opaque else _num_rows(tensors[name].entry.shape)
         if position != expected:
             raise NotConform(f"tensor {name!r} would not be used exactly once", do="please report this")
+
+
+def _filled(file: PlannedFile) -> dict[str, int]:
+    """Bytes that the steps of a file put into each of its tensors."""
+    filled = dict.fromkeys((tensor.name for tensor in file.tensors), 0)
+    for tensor in file.tensors:
+        for step in tensor.steps:
+            if not (step.op is Op.ENCODE and step.is_scale):
+                filled[tensor.name] += step.out_bytes
+            if step.scale_out is not None:
+                filled[step.scale_out] += step._replace(leaf="scale").out_bytes
+    return filled
+
+
+def _use(uses: dict[str, list[tuple[int, int]]], step: Step) -> None:
+    """Note which input rows a step reads. Codes and scales of one matrix may be made by two steps that read both."""
+    uses[step.source].append((step.begin, step.rows))
+    if step.scale and step.quant:
+        uses[step.scale].append((step.scale_begin, formats.ceil_div(step.rows, step.quant.block.rows)))
+    for name in step.per_tensor:
+        uses[name].append((0, 1))
+
+
+def _duplicates(plan: Plan) -> str | None:
+    """An input whose values would come out twice."""
+    seen: set[tuple[str, int]] = set()
+    for file in plan.files:
+        for tensor in file.tensors:
+            for step in tensor.steps:
+                if step.is_scale:
+                    continue
+                if (step.source, step.begin) in seen:
+                    return step.source
+                seen.add((step.source, step.begin))
+    return None
 
 
 def _num_rows(shape: Shape) -> int:

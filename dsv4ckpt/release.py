@@ -14,12 +14,12 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from . import config as configs
-from . import inventory
+from . import inventory, names
 from .config import ModelConfig
 from .errors import UnknownRelease
-from .formats import FP4_EXPERT, QUANTS, Block, Kind, Quant, Shape, Storage
+from .formats import FP4_EXPERT, QUANTS, Block, Kind, Quant, Shape, Spelling, Storage
 from .inventory import Family
-from .names import Match, Namespace
+from .names import Namespace
 
 
 class Release(NamedTuple):
@@ -47,7 +47,7 @@ RELEASES = {
 _PRO_SCALING = (
     2.5  # routed_scaling_factor; Flash has 1.5. Width-independent, so that it holds for cut-down models
 )
-_BASE_COPY = "mtp.0.emb.tok_emb.weight"
+_BASE_COPIES = ("mtp.0.emb.tok_emb.weight", "mtp.0.head.weight")
 
 
 @functools.cache
@@ -88,7 +88,8 @@ def _name(document: Mapping[str, Any], model: ModelConfig, seen: Mapping[str, Se
         return "vision-exp"
     if model.dspark_targets:
         return "pro-0813" if size == "pro" else "flash-0731"
-    if _BASE_COPY in seen or storage is Storage.FP8_F32SCALE:
+    # Base alone repeats embed and head below mtp.0; without draft stages its scales are what is left to tell it by
+    if any(name in seen for name in _BASE_COPIES) or (storage is Storage.FP8_F32SCALE and not model.num_stages):
         return f"{size}-base"
     return size
 
@@ -97,7 +98,7 @@ def _storage(model: ModelConfig, seen: Mapping[str, Seen], namespace: Namespace)
     """Compare how experts and dense matrices are stored with every known way."""
     found = {kind: _observed(model, seen, namespace, kind) for kind in (Kind.EXPERT, Kind.DENSE)}
     for storage, quants in QUANTS.items():
-        if all(found[kind] == _summary(quants.get(kind)) for kind in found):
+        if all(found[kind] == _summary(quants.get(kind), namespace) for kind in found):
             return storage
     raise UnknownRelease(
         "experts and dense matrices are stored in a way that no known release uses",
@@ -107,18 +108,30 @@ def _storage(model: ModelConfig, seen: Mapping[str, Seen], namespace: Namespace)
     )
 
 
-_Summary = tuple[str, str | None, Block | None]
+class _Summary(NamedTuple):
+    """How one matrix is stored, as far as names and headers show."""
+
+    codes: str
+    scale: str | None = None
+    block: Block | None = None
+    names: tuple[str, str] | None = None  # leaves of codes and scales
 
 
-def _summary(quant: Quant | None) -> _Summary:
-    return ("BF16", None, None) if quant is None else (quant.codes, quant.scale, quant.block)
+def _summary(quant: Quant | None, namespace: Namespace) -> _Summary:
+    if quant is None:
+        return _Summary("BF16")
+    spelling = quant.spelling if namespace is Namespace.DEEPSEEK else Spelling.RELEASED
+    return _Summary(quant.codes, quant.scale, quant.block, _leaves(spelling))
+
+
+def _leaves(spelling: Spelling) -> tuple[str, str]:
+    return names.LEAVES[spelling]["weight"], names.LEAVES[spelling]["scale"]
 
 
 def _words(summary: _Summary | None) -> str:
     if summary is None:
         return "none found"
-    codes, scale, block = summary
-    return f"{codes} with {scale} scales per {block}" if scale else codes
+    return f"{summary.codes} with {summary.scale} scales per {summary.block}" if summary.scale else summary.codes
 
 
 def _observed(
@@ -134,28 +147,34 @@ def _observed(
         "w2": (model.hidden, model.intermediate),
         "w3": (model.intermediate, model.hidden),
     }
+    spellings = {_leaves(spelling): spelling for spelling in Spelling if namespace is Namespace.DEEPSEEK}
+    spellings[_leaves(Spelling.RELEASED)] = Spelling.RELEASED
     votes: Counter[_Summary] = Counter()
     for layer in range(model.num_layers):
         for inner, (rows, cols) in shapes.items():
-            weight_name, scale_name = _names(f"layers.{layer}.ffn.{owner}{inner}.weight", namespace)
-            weight, scale = seen.get(weight_name), seen.get(scale_name)
-            if weight is None:
-                continue
-            if scale is None or len(scale.shape) < 2:
-                votes[(weight.dtype, None, None)] += 1
-                continue
             if namespace is Namespace.TRANSFORMERS and kind is Kind.EXPERT and inner != "w2":
                 rows *= 2  # gate and up stand in one tensor
-            votes[(weight.dtype, scale.dtype, _block(rows, cols, *scale.shape[-2:]))] += 1
+            best: _Summary | None = None
+            for leaves, spelling in spellings.items():
+                weight_name, scale_name = _names(f"layers.{layer}.ffn.{owner}{inner}.weight", namespace, spelling)
+                weight, scale = seen.get(weight_name), seen.get(scale_name)
+                if weight is None:
+                    continue
+                if scale is None or len(scale.shape) < 2:
+                    best = best or _Summary(weight.dtype)
+                    continue
+                best = _Summary(weight.dtype, scale.dtype, _block(rows, cols, *scale.shape[-2:]), leaves)
+            if best:
+                votes[best] += 1
     return max(votes, key=lambda summary: votes[summary]) if votes else None
 
 
-def _names(logical: str, namespace: Namespace) -> tuple[str, str]:
+def _names(logical: str, namespace: Namespace, spelling: Spelling) -> tuple[str, str]:
     table = inventory.PREVIEW.table
     match = table.match(logical)
     assert match is not None
-    scale = Match(match.row, match.numbers, "scale")
-    return table.place(match, namespace).name, table.place(scale, namespace).name
+    scale = match._replace(leaf="scale")
+    return tuple(table.place(item, namespace, spelling=spelling).name for item in (match, scale))  # type: ignore[return-value]
 
 
 def _block(rows: int, cols: int, scale_rows: int, scale_cols: int) -> Block | None:

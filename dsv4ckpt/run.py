@@ -7,28 +7,28 @@ number of workers.  Memory is bounded by workers x (slabs + one chunk), whatever
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from . import __version__, codec, contained, formats, outdir, strictjson
-from .errors import ForeignOutput, Interrupted, NoSpace, NotFinite, SourceChanged
-from .formats import INDEX_NAME
+from . import __version__, contained, formats, outdir, prove, sidecar, strictjson
+from .errors import ForeignOutput, Interrupted, NoSpace, SourceChanged, VanishingChange
+from .formats import INDEX_NAME, MANIFEST_NAME, SIDECAR_NAME, Kind
 from .manifest import read_manifest
 from .outdir import OutDir
-from .plan import Op, Plan, PlannedFile, PlannedTensor, Step, space_needed
-from .sink import FileSink, Receipt
-from .source import Checkpoint, Reader
+from .plan import Plan, PlannedFile, space_needed
+from .release import RELEASES
+from .roundtrip import Knowledge, Loss, SidecarKnowledge, SourceKnowledge, loss_of_row
+from .sidecar import PartWriter
+from .sink import Receipt
+from .source import Checkpoint
 from .threads import one_torch_thread
+from .work import Rules, Worker
 
-_CHUNK_VALUES = 1024 * 1024  # decoded at a time: fits the second-level cache together with its index
-_COPY_BYTES = 4 * 1024 * 1024
-_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_LEAST_KEPT = 0.5  # of a change: what keeps less is refused
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,9 @@ class Summary:
     num_inexact: int  # values that BF16 could not hold exactly (F32 scales that are no powers of two)
     num_not_finite: int  # NaN or infinities in tensors that --allow-nan names
     num_resumed: int  # files that an earlier run had finished
+    num_untouched: int = 0  # tensors that are what the original had
+    num_changed: int = 0  # and those that are not
+    losses: tuple[Loss, ...] = ()  # of tensors that were quantized
 
 
 def execute(
@@ -91,14 +94,18 @@ def execute(
     path: str,
     *,
     num_workers: int = 2,
+    accept_changes: bool = False,
     on_event: Callable[[Event], None] = lambda event: None,
     stop: StopFlag | None = None,
 ) -> Summary:
     """Carry out a plan into a directory, or continue where an earlier run of the same plan stopped.
 
-    on_event  called from worker threads
-    raises    NoSpace before the first byte if the output does not fit, Busy, ForeignOutput, SourceChanged, NotFinite,
-              Interrupted; finished files stay, temporary ones are removed
+    accept_changes  the source's manifest may say other values than there are
+    on_event        called from worker threads
+    raises          NoSpace before the first byte if the output does not fit, NotLossless if scales alone tell that it
+                    would lose values; Busy, ForeignOutput, SourceChanged, Interrupted: finished files stay, temporary
+                    ones are removed; NotFinite, NotLossless, EditedOutput, BadSidecar from the tensors' bytes: nothing
+                    stays; VanishingChange: everything stays but index, config and manifest
     """
     stop = stop or StopFlag()
     complete = _already_complete(plan, checkpoint, path)
@@ -107,18 +114,130 @@ def execute(
         on_event(Started(plan.shard_bytes, plan.shard_bytes, len(plan.files), len(plan.files)))
         return complete
     known = {file.name for file in plan.files} | set(plan.written) | {name for name, _, _ in plan.copied}
-    with outdir.open_outdir(path, plan.sha256, known, checkpoint.stamps_sha256()) as out:
-        done = [file for file in plan.files if file.name in out.finished]
-        waiting = [file for file in plan.files if file.name not in out.finished]
-        done_bytes = sum(file.size for file in done)
-        _require_space(path, plan.total_bytes - done_bytes)
-        on_event(Started(plan.shard_bytes, done_bytes, len(plan.files), len(done)))
-        with one_torch_thread():  # parallelism is across shards
-            _run_jobs(waiting, checkpoint, plan, out, num_workers, on_event, stop)
-        _write_small(plan, checkpoint, out)
-        summary = _summarize(plan, out, len(done))
-        out.finish(strictjson.pretty(_manifest(plan, checkpoint, summary)))
+    known |= {SIDECAR_NAME} if plan.remembered or plan.carries_sidecar else set()
+    with one_torch_thread():  # parallelism is across shards
+        _require_space(path, plan.total_bytes - _finished_bytes(path, plan))
+        prove.require_lossless(plan, checkpoint, stop)
+        stamps = checkpoint.stamps_sha256()
+        with outdir.open_outdir(path, plan.sha256, known, stamps) as out:
+            run = _Run(plan, checkpoint, out, _rules(plan, checkpoint, accept_changes), on_event, stop)
+            waiting = [item for item in enumerate(plan.files) if not _is_done(item, run)]
+            done = len(plan.files) - len(waiting)
+            done_bytes = plan.shard_bytes - sum(file.size for _, file in waiting)
+            _require_space(path, plan.total_bytes - done_bytes)
+            on_event(Started(plan.shard_bytes, done_bytes, len(plan.files), done))
+            _run_jobs(waiting, run, num_workers)
+            losses = _losses(out)
+            _require_kept(plan, losses)
+            _write_sidecar(run)
+            _write_small(plan, checkpoint, out)
+            summary = _summarize(plan, out, done, losses)
+            out.finish(strictjson.pretty(_manifest(plan, checkpoint, summary)))
     return summary
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What every worker of a run needs."""
+
+    plan: Plan
+    checkpoint: Checkpoint
+    out: OutDir
+    rules: Rules
+    on_event: Callable[[Event], None]
+    stop: StopFlag
+
+    def knowledge(self, stack: contextlib.ExitStack) -> Knowledge | None:
+        """The original, for one worker."""
+        original = self.plan.original
+        if original is None:
+            return None
+        if original.sidecar:
+            return SidecarKnowledge(original.sidecar)
+        assert original.survey is not None
+        return SourceKnowledge(original.survey, stack.enter_context(original.survey.checkpoint.reader()))
+
+
+def _rules(plan: Plan, checkpoint: Checkpoint, accept_changes: bool) -> Rules:
+    options = plan.options
+    vouched = os.path.lexists(os.path.join(checkpoint.directory, MANIFEST_NAME))
+    return Rules(
+        allow_nan=options.allow_nan,
+        allow_lossy=options.allow_lossy,
+        scale_policy=options.scale_policy,
+        float_scales=formats.QUANTS[RELEASES[plan.release].storage][Kind.DENSE].scale == "F32",
+        is_vouched=vouched and not accept_changes,
+    )
+
+
+def _finished_bytes(path: str, plan: Plan) -> int:
+    """What an earlier run may have finished: a first, generous look at the space before anything is proven."""
+    sizes = (contained.size_of(path, file.name, follow_links=False) for file in plan.files)
+    return sum(size for size in sizes if size) if os.path.isdir(path) else 0
+
+
+def _is_done(item: tuple[int, PlannedFile], run: _Run) -> bool:
+    """Whether an earlier run finished a shard, and what its sidecar part says of it is there."""
+    number, file = item
+    receipt = run.out.finished.get(file.name)
+    if receipt is None or run.plan.remembered is None or SIDECAR_NAME in run.out.finished:
+        return receipt is not None
+    if run.out.part_sha256(_part_name(number)) == receipt.notes.get("part_sha256"):
+        return True
+    run.out.forget(file.name)
+    return False
+
+
+def _losses(out: OutDir) -> tuple[Loss, ...]:
+    """Of every tensor that was not untouched, by name."""
+    rows = [row for receipt in out.finished.values() for row in receipt.notes.get("losses", [])]
+    return tuple(sorted((loss_of_row(row) for row in rows), key=lambda loss: loss.name))
+
+
+def _require_kept(plan: Plan, losses: tuple[Loss, ...]) -> None:
+    """raises VanishingChange if most of what training changed in a tensor would not survive"""
+    gone = [loss for loss in losses if loss.kept_share is not None and loss.kept_share < _LEAST_KEPT]
+    if not gone or plan.options.allow_lossy:
+        return
+    worst = min(gone, key=lambda loss: loss.kept_share or 0.0)
+    fp8 = worst.kept_fp8 / worst.change
+    better = f"--to fp8 keeps {fp8:.0%} of that one, " if fp8 > 2 * (worst.kept_share or 0) else ""
+    raise VanishingChange(
+        f"most of what training changed would be lost: {len(gone):,} of {len(losses):,} changed tensors keep less "
+        f"than {_LEAST_KEPT:.0%} of their change",
+        expected="a change that is larger than the steps between codes",
+        found=f"{worst.name!r} keeps {worst.kept_share or 0.0:.1%}",
+        do=f"{better}--to bf16 keeps everything, or keep the adapter apart; or finish all the same: --allow-lossy "
+        "(what is done so far stays)",
+    )
+
+
+def _write_sidecar(run: _Run) -> None:
+    """Join the parts, or take the source's own sidecar along."""
+    plan, out = run.plan, run.out
+    if SIDECAR_NAME in out.finished:
+        return
+    if plan.carries_sidecar:
+        with run.checkpoint.opened(SIDECAR_NAME) as fd:
+            size = os.fstat(fd).st_size
+            with out.new_file(SIDECAR_NAME, size) as sink:
+                sidecar.copy_section(fd, sidecar.Section(SIDECAR_NAME, size, None), sink.write)
+    if plan.remembered is None:
+        return
+    sections = sidecar.fixed_sections(plan.remembered)
+    for number in range(len(plan.files)):
+        with out.open_part(_part_name(number)) as fd:
+            sections += sidecar.sections_of_part(number, fd, os.fstat(fd).st_size)
+    header = sidecar.container_header(plan.remembered, sections)
+    size = len(header) + sum(section.size for section in sections)
+    with out.new_file(SIDECAR_NAME, size) as sink:
+        sink.write(header)
+        for section in sections:
+            if section.data is not None:
+                sink.write(section.data)
+                continue
+            with out.open_part(_part_name(section.part)) as fd:
+                sidecar.copy_section(fd, section, sink.write)
 
 
 def _already_complete(plan: Plan, checkpoint: Checkpoint, path: str) -> Summary | None:
@@ -131,7 +250,7 @@ def _already_complete(plan: Plan, checkpoint: Checkpoint, path: str) -> Summary 
     planned = {(file.name, file.size) for file in plan.files}
     planned |= {(name, len(data)) for name, data in plan.written.items()}
     planned |= {(name, size) for name, size, _ in plan.copied}
-    if {(file.name, file.size) for file in found.files} != planned:
+    if {(file.name, file.size) for file in found.files if file.name != SIDECAR_NAME} != planned:
         return None
     if any(contained.size_of(path, file.name, follow_links=False) != file.size for file in found.files):
         return None
@@ -157,196 +276,58 @@ def _require_space(path: str, remaining: int) -> None:
         )
 
 
-def _run_jobs(
-    files: list[PlannedFile],
-    checkpoint: Checkpoint,
-    plan: Plan,
-    out: OutDir,
-    num_workers: int,
-    on_event: Callable[[Event], None],
-    stop: StopFlag,
-) -> None:
-    def job(file: PlannedFile) -> None:
-        stop.check()
-        on_event(FileDone(_write_shard(file, checkpoint, plan, out, on_event, stop)))
+def _run_jobs(files: list[tuple[int, PlannedFile]], run: _Run, num_workers: int) -> None:
+    def job(number: int, file: PlannedFile) -> None:
+        run.stop.check()
+        run.on_event(FileDone(_write_shard(file, number, run)))
 
     with concurrent.futures.ThreadPoolExecutor(num_workers) as pool:
-        futures = [pool.submit(job, file) for file in files]
+        futures = [pool.submit(job, number, file) for number, file in files]
         try:
             for future in concurrent.futures.as_completed(futures):
                 future.result()
         except BaseException:
-            stop.fail()
+            run.stop.fail()
             for future in futures:
                 future.cancel()
             raise
 
 
-def _write_shard(
-    file: PlannedFile,
-    checkpoint: Checkpoint,
-    plan: Plan,
-    out: OutDir,
-    on_event: Callable[[Event], None],
-    stop: StopFlag,
-) -> Receipt:
-    notes = {"not_exact": 0, "not_finite": 0}
-    with checkpoint.reader() as reader, out.new_file(file.name, file.size) as sink:
-        sink.notes = notes
-        sink.write(file.header)
-        worker = _Worker(reader, sink, plan.options.allow_nan, notes, on_event, stop)
-        for tensor in file.tensors:
-            for step in tensor.steps:
-                worker.carry_out(step, tensor)
-        reader.check_unchanged()  # before the file is published
-    return out.finished[file.name]
-
-
-class _Scratch:
-    """A buffer that is reused from chunk to chunk: fresh pages cost more than the decoding."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray(0)
-
-    def take(self, size: int) -> memoryview:
-        """`size` bytes; what an earlier take returned must no longer be in use."""
-        if len(self._buffer) < size:
-            self._buffer = bytearray(size)
-        return memoryview(self._buffer)[:size]
-
-
-class _Worker:
-    """Turns steps into bytes of one output file."""
-
-    def __init__(
-        self,
-        reader: Reader,
-        sink: FileSink,
-        allow_nan: frozenset[str],
-        notes: dict[str, int],
-        on_event: Callable[[Event], None],
-        stop: StopFlag,
-    ) -> None:
-        self._reader, self._sink, self._allow_nan = reader, sink, allow_nan
-        self._notes, self._on_event, self._stop = notes, on_event, stop
-        self._codes, self._scales, self._values = _Scratch(), _Scratch(), _Scratch()
-
-    def carry_out(self, step: Step, tensor: PlannedTensor) -> None:
-        self._reader.will_need(step.source, step.begin * step.row_bytes, step.rows * step.row_bytes)
-        if step.op is Op.COPY:
-            self._copy(step, tensor)
-        else:
-            self._decode(step)
-
-    def _copy(self, step: Step, tensor: PlannedTensor) -> None:
-        """Stored bytes are output bytes: read straight into the slab."""
-        offset = step.begin * step.row_bytes
-        end = offset + step.rows * step.row_bytes
-        dtype = _FLOATS.get(tensor.dtype)
-        width = formats.DTYPE_BITS[tensor.dtype] // 8 or 1
-        while offset < end:
-            self._stop.check()
-            room = self._sink.room()
-            count = min(len(room) // width * width or 1, end - offset, _COPY_BYTES)
-            self._reader.read_into(step.source, room[:count], offset)
-            if dtype is not None and count % width == 0:
-                values = torch.frombuffer(room[:count], dtype=dtype)
-                first = (offset - step.begin * step.row_bytes) // width
-                self._note(step, values, codec.count_not_finite(values), first, step.row_bytes // width)
-            self._sink.advance(count)
-            self._on_event(Wrote(count))
-            offset += count
-
-    def _decode(self, step: Step) -> None:
-        row_values = step.row_bytes * (2 if step.op is Op.FP4 else 1)
-        row = 0
-        while row < step.rows:
-            self._stop.check()
-            room = self._sink.room()
-            fitting = len(room) // (2 * row_values)
-            direct = fitting > 0 and _is_aligned(room)
-            rows = _chunk_rows(row, step.rows, row_values, step.block.rows, fitting if direct else 1)
-            size = 2 * row_values * rows
-            data = room[:size] if direct else self._values.take(size)
-            values = torch.frombuffer(data, dtype=torch.bfloat16).view(rows, row_values)
-            self._decode_rows(step, row, values)
-            if direct:
-                self._sink.advance(size)
-            else:  # a row that crosses the end of the slab
-                self._sink.write(data)
-            self._on_event(Wrote(size))
-            row += rows
-
-    def _decode_rows(self, step: Step, row: int, out: Tensor) -> None:
-        """Rows [row, row + len(out)) of the step into `out`. raises NotFinite"""
-        rows = out.shape[0]
-        codes = self._read(self._codes, step.source, step.begin + row, rows, step.row_bytes)
-        block_row = row // step.block.rows
-        block_rows = formats.ceil_div(rows, step.block.rows)
-        if step.scale is None:
-            scales = codec.unit_scale(block_rows, formats.ceil_div(step.row_bytes, step.block.cols))
-        else:
-            first = step.scale_begin + block_row
-            scales = self._read(self._scales, step.scale, first, block_rows, step.scale_row_bytes)
-            scales = scales.view(torch.float32) if step.scale_dtype == "F32" else scales
-        decode = codec.decode_fp4 if step.op is Op.FP4 else codec.decode_fp8
-        decoded = decode(codes, scales, step.block, out)
-        self._notes["not_exact"] += decoded.num_inexact
-        if decoded.num_not_finite:
-            self._require_finite_scales(step, scales, block_row)
-            self._note(step, out, decoded.num_not_finite, row * out.shape[1], out.shape[1])
-
-    def _read(self, scratch: _Scratch, name: str, first: int, rows: int, row_bytes: int) -> Tensor:
-        data = scratch.take(rows * row_bytes)
-        self._reader.read_into(name, data, first * row_bytes)
-        return torch.frombuffer(data, dtype=torch.uint8).view(rows, row_bytes)
-
-    def _require_finite_scales(self, step: Step, scales: Tensor, block_row: int) -> None:
-        if step.name in self._allow_nan:
-            return
-        bad = (
-            ~scales.view(torch.float32).isfinite()
-            if step.scale_dtype == "F32"
-            else scales == formats.E8M0_NAN
-        )
-        if bool(bad.any()):
-            at_row, at_col = bad.nonzero()[0].tolist()
-            raise NotFinite(
-                f"a scale of {step.name!r} is NaN or infinite",
-                file=self._reader.shard_of(str(step.scale)),
-                found=f"block ({block_row + at_row}, {at_col}), {int(bad.sum())} in its rows",
-                do=f"download the shard again; to convert it as it is: --allow-nan {step.name}",
+def _write_shard(file: PlannedFile, number: int, run: _Run) -> Receipt:
+    with contextlib.ExitStack() as stack:
+        reader = stack.enter_context(run.checkpoint.reader())
+        part = None
+        if run.plan.remembered is not None:
+            part = PartWriter(stack.enter_context(run.out.new_part(_part_name(number))))
+        sink = run.out.new_file(file.name, file.size, in_order=file.in_order)
+        sink.check = run.stop.check
+        with sink:
+            sink.write(file.header)
+            worker = Worker(
+                reader,
+                sink,
+                run.rules,
+                lambda count: run.on_event(Wrote(count)),
+                run.stop,
+                part=part,
+                knowledge=run.knowledge(stack),
             )
-
-    def _note(self, step: Step, values: Tensor, num_not_finite: int, first: int, cols: int) -> None:
-        """Count NaN and infinities where they are allowed. `first`: number of the first value within its tensor."""
-        if not num_not_finite:
-            return
-        if step.name not in self._allow_nan:
-            position = first + int((~values.view(-1).isfinite()).nonzero()[0])
-            row, col = divmod(position, cols)
-            block = f", block ({row // step.block.rows}, {col // step.block.cols})"
-            raise NotFinite(
-                f"{step.name!r} holds NaN or infinite values",
-                file=self._reader.shard_of(step.source),
-                found=f"the first at row {row}, column {col}{block if step.op is not Op.COPY else ''}",
-                do=f"download the shard again; to convert it as it is: --allow-nan {step.name}",
-            )
-        self._notes["not_finite"] += num_not_finite
+            for tensor in file.tensors:
+                if tensor.steps:
+                    sink.seek(file.begins[tensor.name])
+                for step in tensor.steps:
+                    worker.carry_out(step, tensor, file.begins)
+            sink.notes = worker.notes.document()
+            if part is not None:
+                sink.notes["part_sha256"] = part.finish()
+                stack.close()  # the part must be there before its shard, the source unchanged before either
+            else:
+                reader.check_unchanged()
+    return run.out.finished[file.name]
 
 
-def _chunk_rows(row: int, rows: int, row_values: int, block_rows: int, most: int) -> int:
-    """Rows to decode next: about _CHUNK_VALUES and at most `most`; whole tiles, or rows within one tile."""
-    most = min(most, max(1, _CHUNK_VALUES // row_values), rows - row)
-    into = row % block_rows
-    if into or most < block_rows:
-        return min(most, block_rows - into)
-    return most if most == rows - row else most - most % block_rows
-
-
-def _is_aligned(room: memoryview) -> bool:
-    """Whether pairs of bfloat16 can be stored there as one 32-bit word."""
-    return torch.frombuffer(room, dtype=torch.uint8).data_ptr() % 4 == 0
+def _part_name(number: int) -> str:
+    return f"{outdir.PART_PREFIX}{number:06d}"
 
 
 def _write_small(plan: Plan, checkpoint: Checkpoint, out: OutDir) -> None:
@@ -362,14 +343,21 @@ def _write_small(plan: Plan, checkpoint: Checkpoint, out: OutDir) -> None:
             out.publish_bytes(name, plan.written[name])
 
 
-def _summarize(plan: Plan, out: OutDir, num_resumed: int) -> Summary:
-    order = [*(file.name for file in plan.files), *plan.written, *(name for name, _, _ in plan.copied)]
-    receipts = tuple(out.finished[name] for name in sorted(order))
+def _summarize(plan: Plan, out: OutDir, num_resumed: int, losses: tuple[Loss, ...]) -> Summary:
+    order = {*(file.name for file in plan.files), *plan.written, *(name for name, _, _ in plan.copied)}
+    receipts = tuple(out.finished[name] for name in sorted(order | (out.finished.keys() & {SIDECAR_NAME})))
+
+    def total(note: str) -> int:
+        return sum(receipt.notes.get(note, 0) for receipt in receipts)
+
     return Summary(
         receipts,
-        sum(receipt.notes.get("not_exact", 0) for receipt in receipts),
-        sum(receipt.notes.get("not_finite", 0) for receipt in receipts),
+        total("not_exact") + sum(loss.num_inexact for loss in losses),
+        total("not_finite"),
         num_resumed,
+        total("untouched"),
+        total("changed"),
+        losses,
     )
 
 
@@ -399,6 +387,8 @@ def _manifest(plan: Plan, checkpoint: Checkpoint, summary: Summary) -> dict[str,
             "unchanged_tensors": plan.num_unchanged,
             "not_exact": summary.num_inexact,
             "not_finite": summary.num_not_finite,
+            "as_in_original": summary.num_untouched,
+            "changed_since": summary.num_changed,
         },
         "opaque": list(plan.opaque),
         "dropped": [{"name": d.name, "reason": d.reason, "size": d.size} for d in plan.dropped],

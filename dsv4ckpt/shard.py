@@ -63,9 +63,11 @@ def read_header(fd: int, file: str) -> Header:
     return parse_header(prefix + raw, size, file)
 
 
-def parse_header(prefixed: bytes, file_size: int, file: str) -> Header:
-    """Check a header, given with its length field, against the size of its file. raises BadHeader"""
+def parse_header(prefixed: bytes, file_size: int | None, file: str) -> Header:
+    """Check a header, given with its length field, against the size of its file if that is known. raises BadHeader"""
     raw = prefixed[_LENGTH.size :]
+    if _LENGTH.pack(len(raw)) != prefixed[: _LENGTH.size]:
+        _refuse(file, "header length out of range", found=f"{len(raw):,} bytes of header")
     data_start = len(prefixed)
     if raw[:1] != b"{":  # H3
         _refuse(file, "the header is no JSON object", expected="'{'", found=repr(raw[:8]))
@@ -93,7 +95,7 @@ def parse_header(prefixed: bytes, file_size: int, file: str) -> Header:
                 found=entry.begin - data_start,
             )
         position = entry.end
-    if position != file_size:
+    if file_size is not None and position != file_size:
         problem = "the file is truncated" if file_size < position else "bytes follow the last tensor"
         _refuse(file, problem, expected=f"{position:,} bytes", found=f"{file_size:,} bytes")
     return Header(dict(found), metadata, data_start, hashlib.sha256(prefixed).hexdigest())

@@ -53,24 +53,40 @@ class FileSink:
 
     Direct I/O where the file system allows it, so that write-back neither throttles us nor evicts other people's
     cache; elsewhere buffered, with each slab written back early and dropped.
+    With in_order=False the producer may `seek`, and put small pieces elsewhere with `write_at`: for what is made
+    together and stands apart.  Such a file is buffered, and hashed as it is read back.
     """
 
-    def __init__(self, name: str, size: int, temporary: str, publish: Callable[[str, Receipt], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        temporary: str,
+        publish: Callable[[str, Receipt], None],
+        *,
+        in_order: bool = True,
+    ) -> None:
+        self._in_order = in_order
         self._name = name
         self._temporary = temporary
         self._publish_as = publish
         self._size = size
         self._sha256 = hashlib.sha256()
-        self._written = 0
+        self._at = 0  # where the current slab goes
+        self._written = 0  # bytes in all
         self._filled = 0
         self.notes: dict[str, Any] = {}
+        self.check: Callable[[], None] = lambda: None  # raises when the work is to stop
 
     def __enter__(self) -> FileSink:
         with io_errors(self._name):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._fd, self._direct = _open_direct(self._temporary, flags)
+            flags = os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            if self._in_order:
+                self._fd, self._direct = _open_direct(self._temporary, flags | os.O_WRONLY)
+            else:
+                self._fd, self._direct = os.open(self._temporary, flags | os.O_RDWR, 0o666), False
             try:
-                if self._direct and self._size:
+                if (self._direct or not self._in_order) and self._size:
                     _reserve(self._fd, self._size)
                 slab = min(_SLAB_BYTES, -(-self._size // _ALIGNMENT) * _ALIGNMENT)
                 self._slabs = [mmap.mmap(-1, max(slab, _ALIGNMENT)) for _ in range(_NUM_SLABS)]
@@ -103,10 +119,30 @@ class FileSink:
             self.advance(count)
             view = view[count:]
 
+    def seek(self, offset: int) -> None:
+        """What comes next stands at `offset` of the file."""
+        if offset == self._at + self._filled:
+            return
+        assert not self._in_order
+        if self._filled:
+            self._flush()
+        self._at = offset
+
+    def write_at(self, offset: int, data: memoryview | bytes) -> None:
+        """Put a small piece where it belongs; the next byte of `room` stays where it was."""
+        assert not self._in_order
+        view = memoryview(data)
+        self._written += len(view)
+        with io_errors(self._name):
+            while view:
+                count = os.pwrite(self._fd, view, offset)
+                view, offset = view[count:], offset + count
+
     def _flush(self) -> None:
         """Hand the current slab to the writing thread and wait until the next one is free."""
-        slab, count, offset = self._slabs[self._current], self._filled, self._written
+        slab, count, offset = self._slabs[self._current], self._filled, self._at
         self._pending[self._current] = self._pool.submit(self._hash_and_write, slab, count, offset)
+        self._at += count
         self._written += count
         self._filled = 0
         self._current = (self._current + 1) % _NUM_SLABS
@@ -116,7 +152,8 @@ class FileSink:
 
     def _hash_and_write(self, slab: mmap.mmap, count: int, offset: int) -> None:
         whole = memoryview(slab)
-        self._sha256.update(whole[:count])
+        if self._in_order:
+            self._sha256.update(whole[:count])
         padded = -(-count // _ALIGNMENT) * _ALIGNMENT if self._direct else count
         view = whole[:padded]
         with io_errors(self._name):
@@ -126,8 +163,9 @@ class FileSink:
             if not self._direct and hasattr(os, "posix_fadvise"):
                 # the first call starts write-back of this slab, the second drops the one before the last
                 os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_DONTNEED)
-                behind = max(0, offset - 2 * len(slab))
-                os.posix_fadvise(self._fd, behind, len(slab), os.POSIX_FADV_DONTNEED)
+                if self._in_order:
+                    behind = max(0, offset - 2 * len(slab))
+                    os.posix_fadvise(self._fd, behind, len(slab), os.POSIX_FADV_DONTNEED)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -145,8 +183,11 @@ class FileSink:
             if waiting is not None:
                 waiting.result()
         with io_errors(self._name):
-            os.ftruncate(self._fd, self._written)
+            if self._in_order:
+                os.ftruncate(self._fd, self._written)
             os.fsync(self._fd)
+            if not self._in_order:
+                self._hash_what_stands_there()
             fd, self._fd = self._fd, -1
             os.close(fd)
             if self._written != self._size:
@@ -159,6 +200,18 @@ class FileSink:
                 )
             receipt = Receipt(self._name, self._written, self._sha256.hexdigest(), self.notes)
             self._publish_as(self._temporary, receipt)
+
+    def _hash_what_stands_there(self) -> None:
+        view = memoryview(self._slabs[0])
+        offset = 0
+        while count := os.preadv(self._fd, [view], offset):
+            self.check()
+            self._sha256.update(view[:count])
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_DONTNEED)
+            offset += count
+        if offset != self._size:
+            self._written = offset  # told below
 
     def _discard(self) -> None:
         """Release everything; a temporary file that was not published is removed."""

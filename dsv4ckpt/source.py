@@ -20,7 +20,7 @@ from . import config as configs
 from . import formats, shard, strictjson
 from .contained import io_errors, open_regular, opened
 from .errors import BadConfig, BadIndex, MissingFile, SourceChanged, UnsafePath, printable
-from .formats import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
+from .formats import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, SIDECAR_NAME
 from .release import Seen
 from .shard import Entry, Header
 
@@ -99,10 +99,19 @@ class Checkpoint:
             )
         return configs.parse(self.config_bytes)
 
+    @property
+    def has_sidecar(self) -> bool:
+        """Whether the conversion that made it left a round-trip sidecar in it."""
+        return os.path.lexists(os.path.join(self.directory, SIDECAR_NAME))
+
     def require_sound(self) -> None:
         """raises BadIndex for the first disagreement between index and headers"""
         if self.problems:
             raise self.problems[0]
+
+    def opened(self, name: str) -> contextlib.AbstractContextManager[int]:
+        """A file of the checkpoint, open for reading. raises UnsafePath, Environment"""
+        return opened(self.directory, name, self.follow_links)
 
     def read_small(self, name: str) -> bytes:
         """The bytes of a small file. raises UnsafePath, Environment, SourceChanged"""
@@ -370,7 +379,7 @@ def _list_small(directory: str, below: str, follow_links: bool) -> Iterator[Smal
             yield SmallFile(os.path.join(below, printable(entry)), 0, "an unprintable name")
             continue
         name = os.path.join(below, entry) if below else entry
-        if entry.endswith(".safetensors") or name in (CONFIG_NAME, INDEX_NAME, MANIFEST_NAME):
+        if entry.endswith(".safetensors") or name in (CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, SIDECAR_NAME):
             continue
         path = os.path.join(directory, name)
         if os.path.isdir(path) and not os.path.islink(path):

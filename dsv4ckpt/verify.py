@@ -1,7 +1,8 @@
-"""Compares a checkpoint with its inventory and its manifest.
+"""Compares a checkpoint with its inventory and its manifest, and the files of two checkpoints.
 
 Two levels: `structure` reads headers, `bytes` hashes what the manifest lists.  Comparing two checkpoints value by value
-is compare.py.  Shares no code with what writes (run, codec, outdir), so that no mistake there can hide.
+is compare.py; comparing one with ids from the Hub is oids.py.  Shares no code with what writes (run, codec, outdir), so
+that no mistake there can hide.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import concurrent.futures
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from . import contained, shard
@@ -232,18 +234,135 @@ def _verdict_of_file(directory: str, file: Listed, follow_links: bool, watch: Wa
         watch.read(file.size)
         found = None if size is None else f"{size:,} bytes"
         return FileVerdict(file.name, "differs" if found else "missing", f"{file.size:,} bytes", found)
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(size, _HASH_BYTES)))
-    with contained.opened(directory, file.name, follow_links) as fd:
+    found = hash_file(hashlib.sha256(), directory, file.name, size, follow_links, watch)
+    return FileVerdict(file.name, "ok" if found == file.sha256 else "differs", file.sha256, found)
+
+
+# ---- files of two checkpoints
+
+
+class FileState(StrEnum):
+    """What became of a file of one or two checkpoints. Only DIFFERS is a failure: tensors are judged on their own."""
+
+    IDENTICAL = "identical"
+    DIFFERS = "differs"
+    OTHER_LAYOUT = "other layout"  # a shard with another header; the index where a shard is not the same
+    ONLY_A = "only in A"
+    ONLY_B = "only in B"
+
+
+class FilePair(NamedTuple):
+    """Files of one name. kind: shard, config, index or small."""
+
+    name: str
+    kind: str
+    state: FileState
+
+
+@dataclass(frozen=True)
+class FilesReport:
+    """Every file of two checkpoints that a conversion carries or makes, but manifest and sidecar."""
+
+    pairs: tuple[FilePair, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not any(pair.state is FileState.DIFFERS for pair in self.pairs)
+
+    def document(self) -> dict[str, Any]:
+        counts: dict[str, dict[str, int]] = {}
+        for pair in self.pairs:
+            states = counts.setdefault(pair.kind, {})
+            states[pair.state.value] = states.get(pair.state.value, 0) + 1
+        others = [pair._asdict() for pair in self.pairs if pair.state is not FileState.IDENTICAL]
+        return {"ok": self.ok, "counts": counts, "not_identical": others}
+
+
+def compare_files(
+    a: Checkpoint, b: Checkpoint, proven: Mapping[str, int], *, stop: Stop | None = None
+) -> FilesReport:
+    """Tell which files of two checkpoints hold the same bytes.
+
+    proven  how many bytes of each stored tensor of a are known to be the same in b: compare.ValuesReport. Shards with
+            equal headers that these cover are not read again.
+    raises  UnsafePath, SourceChanged, Environment, and what `stop` raises
+    """
+    watch = Watch(ignore, stop)
+    shards = [
+        FilePair(name, "shard", _state_of_shard(a, b, name, proven, watch))
+        for name in sorted({*a.shards, *b.shards})
+    ]
+    same_layout = all(pair.state in (FileState.IDENTICAL, FileState.DIFFERS) for pair in shards)
+    pairs = [*shards, FilePair(CONFIG_NAME, "config", _state(a, b, CONFIG_NAME, watch))]
+    if a.has_index or b.has_index:
+        state = _state(a, b, INDEX_NAME, watch)
+        excused = state is FileState.DIFFERS and not same_layout
+        pairs.append(FilePair(INDEX_NAME, "index", FileState.OTHER_LAYOUT if excused else state))
+    carried = {item.name for side in (a, b) for item in side.small_files() if not item.left}
+    pairs += [FilePair(name, "small", _state(a, b, name, watch)) for name in sorted(carried)]
+    return FilesReport(tuple(pairs))
+
+
+def _state_of_shard(
+    a: Checkpoint, b: Checkpoint, name: str, proven: Mapping[str, int], watch: Watch
+) -> FileState:
+    if name not in a.shards or name not in b.shards:
+        return FileState.ONLY_B if name in b.shards else FileState.ONLY_A
+    header = a.shards[name].header
+    if header.sha256 != b.shards[name].header.sha256:
+        return FileState.OTHER_LAYOUT
+    # a file is its header and its tensors' bytes, without holes; a tensor that stands in two shards was read in one
+    covered = all(
+        a.tensors[tensor].shard == b.tensors[tensor].shard == name
+        and proven.get(tensor, 0) == entry.end - entry.begin
+        for tensor, entry in header.entries.items()
+    )
+    return FileState.IDENTICAL if covered else _state(a, b, name, watch)
+
+
+def _state(a: Checkpoint, b: Checkpoint, name: str, watch: Watch) -> FileState:
+    """Read the same file of both, as far as they are equal."""
+    sizes = [contained.size_of(side.directory, name, side.follow_links) for side in (a, b)]
+    if None in sizes:
+        return FileState.ONLY_B if sizes[0] is None else FileState.ONLY_A
+    size = sizes[0] or 0
+    if size != sizes[1]:
+        return FileState.DIFFERS
+    views = [memoryview(bytearray(min(size, _HASH_BYTES))) for _ in sizes]
+    with (
+        contained.opened(a.directory, name, a.follow_links) as fd_a,
+        contained.opened(b.directory, name, b.follow_links) as fd_b,
+    ):
+        for offset in range(0, size, _HASH_BYTES):
+            for fd, view in zip((fd_a, fd_b), views, strict=True):
+                shard.read_into(fd, view[: size - offset], offset, name)
+            if views[0] != views[1]:  # what follows a shorter last piece is left from the piece before: equal
+                return FileState.DIFFERS
+            watch.read(2 * min(_HASH_BYTES, size - offset))
+    return FileState.IDENTICAL
+
+
+# ---- shared with compare.py and oids.py
+
+
+class Digest(Protocol):
+    """A hash of hashlib."""
+
+    def update(self, data: memoryview, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
+def hash_file(digest: Digest, directory: str, name: str, size: int, follow_links: bool, watch: Watch) -> str:
+    """Feed the first `size` bytes of a file below `directory` to a hash. raises UnsafePath, SourceChanged, Environment"""
+    buffer = memoryview(bytearray(min(size, _HASH_BYTES)))
+    with contained.opened(directory, name, follow_links) as fd:
         for offset in range(0, size, _HASH_BYTES):
             view = buffer[: size - offset]
-            shard.read_into(fd, view, offset, file.name)
+            shard.read_into(fd, view, offset, name)
             digest.update(view)
             watch.read(len(view))
-    same = digest.hexdigest() == file.sha256
-    return FileVerdict(file.name, "ok" if same else "differs", file.sha256, digest.hexdigest())
-
-
-# ---- shared with compare.py
+    return digest.hexdigest()
 
 
 def part_of(items: Sequence[_Item], subset: Subset | None) -> list[_Item]:

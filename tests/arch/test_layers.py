@@ -23,7 +23,7 @@ STDLIB = sys.stdlib_module_names | {"__future__"}
 MAY_IMPORT = {
     "errors": set[str](),
     "formats": set[str](),
-    "names": set[str](),
+    "names": {"formats"},
     "strictjson": set[str](),
     "codec": {"formats"},
     "decode_plain": {"formats"},

@@ -1,0 +1,154 @@
+"""Reads the stored side of steps, and judges scales: are they finite, do they span what a recast can hold.
+
+Buffers are reused: what a call returns holds until the next one of its kind.  Knows no outputs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import codec, formats, recast
+from .errors import NotFinite, NotLossless
+from .plan import Matrix, Step
+from .source import Reader
+
+
+class Scratch:
+    """A buffer that is reused from chunk to chunk: fresh pages cost more than the decoding."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray(0)
+
+    def take(self, size: int) -> memoryview:
+        """`size` bytes; what an earlier take returned must no longer be in use."""
+        if len(self._buffer) < size:
+            self._buffer = bytearray(size)
+        return memoryview(self._buffer)[:size]
+
+
+class Inputs:
+    """Reads codes, scales and values of steps, in buffers that the next call uses again."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self._codes, self._scales = Scratch(), Scratch()
+
+    def codes(self, step: Step | Matrix, first: int, rows: int) -> Tensor:
+        """uint8 [rows, row_bytes] of the step's own rows."""
+        return self._read(self._codes, step.source, step.begin + first, rows, step.row_bytes)
+
+    def scales(self, step: Step, first: int, rows: int) -> Tensor:
+        """The scales of every block that these rows touch; uint8 or float32 [r, c]."""
+        assert step.quant is not None
+        height = step.quant.block.rows
+        begin, end = first // height, formats.ceil_div(first + rows, height)
+        if step.scale is None:
+            return codec.unit_scale(end - begin, formats.ceil_div(step.columns, step.quant.block.cols))
+        found = self._read(
+            self._scales, step.scale, step.scale_begin + begin, end - begin, step.scale_row_bytes
+        )
+        return found.view(torch.float32) if step.quant.scale == "F32" else found
+
+    def scales_of(self, matrix: Matrix) -> Tensor:
+        """All FP4 scales of a matrix, one row each."""
+        assert matrix.scale is not None
+        data = bytearray(matrix.rows * matrix.scale_row_bytes)
+        self.reader.read_into(matrix.scale, memoryview(data), matrix.scale_begin * matrix.scale_row_bytes)
+        return torch.frombuffer(data, dtype=torch.uint8).view(matrix.rows, matrix.scale_row_bytes)
+
+    def number(self, name: str) -> float:
+        """A tensor of one F32 number."""
+        data = bytearray(4)
+        self.reader.read_into(name, memoryview(data), 0)
+        return float(torch.frombuffer(data, dtype=torch.float32)[0])
+
+    def _read(self, scratch: Scratch, name: str, first: int, rows: int, row_bytes: int) -> Tensor:
+        data = scratch.take(rows * row_bytes)
+        self.reader.read_into(name, data, first * row_bytes)
+        return torch.frombuffer(data, dtype=torch.uint8).view(rows, row_bytes)
+
+
+def require_finite_scales(
+    reader: Reader, step: Step, scales: Tensor, block_row: int, scale_2: float = 1.0
+) -> None:
+    """raises NotFinite for a scale that is NaN or infinite. block_row: of the first row of scales"""
+    assert step.quant is not None
+    if scales.dtype == torch.float32:
+        bad = ~scales.isfinite()
+    elif step.quant.per_tensor:
+        bad = ((scales & 0x7F) == 0x7F) | (not math.isfinite(scale_2))
+    else:
+        bad = scales == formats.E8M0_NAN
+    if bool(bad.any()):
+        at_row, at_col = bad.nonzero()[0].tolist()
+        raise NotFinite(
+            f"a scale of {step.name!r} is NaN or infinite",
+            file=reader.shard_of(str(step.scale)),
+            found=f"block ({block_row + at_row}, {at_col}), {int(bad.sum())} in its rows",
+            do=f"download the shard again; to convert it as it is: --allow-nan {step.name}",
+        )
+
+
+def lost_values(inputs: Inputs, step: Step, first: int, rows: int, lost_rc: Tensor) -> int:
+    """FP4 values that are not zero, in blocks whose scale is lost."""
+    assert step.quant is not None
+    codes = inputs.codes(step, first, rows)
+    counts = ((codes & 7) != 0).to(torch.int32) + ((codes >> 4 & 7) != 0).to(torch.int32)
+    width = step.quant.block.cols // step.quant.codes_per_element
+    padded = torch.nn.functional.pad(counts, (0, lost_rc.shape[1] * width - counts.shape[1]))
+    per_block = torch.unflatten(padded, 1, (-1, width)).sum(2)
+    return int(per_block[lost_rc].sum())
+
+
+def exponent_of(inputs: Inputs, step: Step) -> int:
+    """kmax of FP4 matrices under one scale; all-zero blocks are left out where they would matter.
+
+    Told from scales if possible.
+    """
+    scales = [inputs.scales_of(matrix) for matrix in step.shared]
+    kmax = recast.nvfp4_exponent(scales)
+    if not any(bool(recast.nvfp4_scales(item, kmax).lost_rc.any()) for item in scales):
+        return kmax
+    codes = [inputs.codes(matrix, 0, matrix.rows).clone() for matrix in step.shared]
+    return recast.nvfp4_exponent(scales, codes)
+
+
+def nvfp4_scales(step: Step, scales: Tensor, kmax: int) -> recast.NvScales:
+    """E4M3 scales of the rows that have these FP4 scales; a last block cut off by the edge has fewer."""
+    assert step.target is not None
+    made = recast.nvfp4_scales(scales, kmax)
+    return made._replace(scale=made.scale[:, : formats.ceil_div(step.columns, step.target.block.cols)])
+
+
+def tile_scales(inputs: Inputs, step: Step, first: int, rows: int) -> recast.Tiles:
+    """Scales of the FP8 tiles over some rows of FP4 blocks. All-zero blocks are left out where they would matter."""
+    assert step.quant is not None and step.target is not None
+    scales = inputs.scales(step, first, rows)
+    tiles = recast.fp8_tiles(scales, step.quant.block, step.target.block)
+    hard = (tiles.gap_rc > recast.FP8_LOSSLESS_GAP) | tiles.low_rc
+    if not bool(hard.any()):
+        return tiles
+    fine = recast.fp8_tiles(scales, step.quant.block, step.target.block, inputs.codes(step, first, rows))
+    pairs = zip(fine, tiles, strict=True)
+    return recast.Tiles(*(torch.where(hard, mine, plain) for mine, plain in pairs))
+
+
+def as_stored_scales(step: Step, scales: Tensor) -> Tensor:
+    """Scales in the dtype of the output. raises NotLossless for an F32 scale that is no power of two"""
+    assert step.target is not None
+    if step.target.scale == "F32":
+        return scales if scales.dtype == torch.float32 else recast.e8m0_to_f32(scales)
+    if scales.dtype != torch.float32:
+        return scales
+    made = recast.f32_to_e8m0(scales)
+    if bool(made.bad.any()):
+        row, col = made.bad.nonzero()[0].tolist()
+        raise NotLossless(
+            f"a scale of {step.name!r} is no power of two: E8M0 cannot hold it",
+            found=f"{float(scales[row, col])!r} for block ({row}, {col}), and {int(made.bad.sum()) - 1:,} more near it",
+            do="keep F32 scales: --to fp8-f32scale; or quantize anew, which rounds values: --allow-lossy",
+        )
+    return made.scale

@@ -1,0 +1,94 @@
+"""The released checkpoint that a conversion came from, as far as it is at hand: its sidecar, or the files themselves.
+
+Tells how the released shards were laid out, and, per tensor, whether values are still what they were.  Headers only.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from . import config as configs
+from . import shard
+from .contained import opened
+from .errors import BadSidecar, NotConform
+from .formats import INDEX_NAME
+from .shard import Entry
+from .sidecar import Remembered, Sidecar
+from .survey import Survey
+
+
+@dataclass(frozen=True)
+class Original:
+    """Exactly one of `sidecar` and `survey` is set."""
+
+    remembered: Remembered
+    sidecar: Sidecar | None = None
+    survey: Survey | None = None
+
+    @functools.cached_property
+    def files(self) -> tuple[tuple[str, bytes, dict[str, Entry]], ...]:
+        """(shard, its header as it stood, the entries in order of their bytes). raises BadHeader"""
+        return tuple(
+            (name, raw, shard.parse_header(raw, None, name).entries) for name, raw in self.remembered.headers
+        )
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """The released config.json. raises BadConfig"""
+        return configs.parse(self.remembered.config)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """What of it decides output bytes, as far as headers tell."""
+        known = self.sidecar.identity if self.sidecar else ""
+        parts = (known, self.remembered.release, self.remembered.storage, self.remembered.headers)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    @property
+    def what(self) -> str:
+        """For messages."""
+        return "the round-trip sidecar" if self.sidecar else "the checkpoint that --source names"
+
+    def refuse(self, what: str, **facts: Any) -> BadSidecar | NotConform:
+        """An error for the caller to raise."""
+        kind = BadSidecar if self.sidecar else NotConform
+        do = "use what belongs to this checkpoint: the sidecar of its own conversion, or --source with its release"
+        return kind(f"{self.what} does not belong to this checkpoint: {what}", do=do, **facts)
+
+
+def remember(survey: Survey) -> Remembered:
+    """Headers, config and index of a checkpoint as they stand. raises SourceChanged, Environment"""
+    checkpoint = survey.checkpoint
+    headers = []
+    for item in checkpoint.shards.values():
+        with opened(checkpoint.directory, item.name, checkpoint.follow_links) as fd:
+            headers.append((item.name, shard.read_exactly(fd, item.header.data_start, 0, item.name)))
+    identity = survey.identity
+    return Remembered(
+        identity.release.name,
+        identity.storage.value,
+        tuple(headers),
+        checkpoint.config_bytes or b"",
+        checkpoint.read_small(INDEX_NAME) if checkpoint.has_index else None,
+    )
+
+
+def of_sidecar(sidecar: Sidecar) -> Original:
+    return Original(sidecar.source, sidecar=sidecar)
+
+
+def of_source(survey: Survey) -> Original:
+    """raises NotConform if it is not stored as its release stores it"""
+    survey.require_conform()
+    identity = survey.identity
+    if identity.storage is not identity.release.storage:
+        raise NotConform(
+            "the checkpoint that --source names is not in its released format",
+            expected=identity.release.storage.value,
+            found=identity.storage.value,
+            do="name the checkpoint as it was downloaded",
+        )
+    return Original(remember(survey), survey=survey)

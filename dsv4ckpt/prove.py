@@ -1,0 +1,77 @@
+"""Before the first byte: whether a recast of FP4 codes loses values, told from their scales.
+
+Scales are a twentieth of the bytes, so that this costs little; codes are read only where a tile looks bad, since blocks
+of zeros do not count.
+Source: quantization facts 5.4 (FP8 tiles hold a gap of 14) and 5.6 (NVFP4 scales hold one of 17).
+"""
+
+from __future__ import annotations
+
+from . import formats, recast
+from .errors import NotLossless
+from .inputs import Inputs, exponent_of, lost_values, require_finite_scales, tile_scales
+from .plan import Op, Plan, Step
+from .source import Checkpoint, Reader
+from .work import Stop
+
+_ROWS = 4096
+_OTHER = "--to native or --to mxfp4-ct keep them, --to bf16 as well; or accept the loss with --allow-lossy"
+
+
+def require_lossless(plan: Plan, checkpoint: Checkpoint, stop: Stop) -> None:
+    """raises NotLossless naming tensor and tile, NotFinite for a NaN scale"""
+    if plan.options.allow_lossy:
+        return
+    with checkpoint.reader() as reader:
+        inputs = Inputs(reader)
+        for file in plan.files:
+            for tensor in file.tensors:
+                for step in tensor.steps:
+                    stop.check()
+                    if step.name in plan.options.allow_nan:
+                        continue
+                    if step.op is Op.TILES:
+                        _require_tiles(inputs, step, reader)
+                    elif step.op is Op.NVFP4_SCALES:
+                        _require_nvfp4(inputs, step, reader)
+
+
+def _require_tiles(inputs: Inputs, step: Step, reader: Reader) -> None:
+    assert step.target is not None and step.quant is not None
+    tile = step.target.block
+    each = max(1, _ROWS // tile.rows) * tile.rows
+    for first in range(0, step.rows, each):
+        rows = min(each, step.rows - first)
+        require_finite_scales(reader, step, inputs.scales(step, first, rows), first)
+        tiles = tile_scales(inputs, step, first, rows)
+        bad = (tiles.gap_rc > recast.FP8_LOSSLESS_GAP) | tiles.low_rc
+        if not bool(bad.any()):
+            continue
+        row, col = bad.nonzero()[0].tolist()
+        gap = int(tiles.gap_rc[row, col])
+        raise NotLossless(
+            f"{step.name!r} does not fit into FP8: values would be rounded",
+            file=reader.shard_of(step.source),
+            expected=f"block exponents at most {recast.FP8_LOSSLESS_GAP} apart in each {tile} tile, and none too small",
+            found=f"{gap} apart in tile ({first // tile.rows + row}, {col}), {int(bad.sum())} such tiles near it",
+            do=_OTHER,
+        )
+
+
+def _require_nvfp4(inputs: Inputs, step: Step, reader: Reader) -> None:
+    assert step.quant is not None
+    kmax = exponent_of(inputs, step)
+    for first in range(0, step.rows, _ROWS):
+        rows = min(_ROWS, step.rows - first)
+        scales = inputs.scales(step, first, rows)
+        require_finite_scales(reader, step, scales, first)
+        lost = recast.nvfp4_scales(scales, kmax).lost_rc
+        if bool(lost.any()) and lost_values(inputs, step, first, rows, lost):
+            row, col = lost.nonzero()[0].tolist()
+            raise NotLossless(
+                f"{step.name!r} does not fit into NVFP4: values would be lost",
+                file=reader.shard_of(step.source),
+                expected=f"block exponents at most {recast.NVFP4_LOSSLESS_GAP} below the largest of w1 and w3",
+                found=f"block ({first + row}, {col}) is {kmax + formats.E8M0_BIAS - int(scales[row, col])} below",
+                do=_OTHER,
+            )

@@ -1,0 +1,266 @@
+"""Values -> codes and scales, piece by piece: restored where they are untouched, quantized where they changed.
+
+Untouched means that an original (sidecar or source) recognises the very bytes; then its codes and scales come out
+again and are hashed again.  Everything else gets scales by a policy, and is measured.
+Source: quantization facts 5.5 (grid inference) and 6 (levels 1-4), training facts 6 (why scales are kept).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import codec, encode, formats, recast
+from .errors import BadSidecar, EditedOutput, NotFinite, NotLossless
+from .formats import E8M0_NAN, FP4_EXPERT, FP8_TILE, Quant
+from .inputs import exponent_of, nvfp4_scales, require_finite_scales
+from .plan import Matrix, ScalePolicy, Step
+from .roundtrip import KnownPiece, bytes_of, decoded_rows, encoded, measure, require_measured
+from .sidecar import piece_rows
+
+if TYPE_CHECKING:
+    from .work import Worker
+
+_CHUNK_VALUES = 1024 * 1024
+_NOTHING = KnownPiece(False)
+
+
+class Made(NamedTuple):
+    """Codes and scales of a piece."""
+
+    codes: Tensor  # uint8
+    scales: Tensor  # uint8 E8M0, or float32
+
+
+class Encoder:
+    """The ENCODE steps of one output file."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._exponents: dict[tuple[Matrix, ...], int] = {}
+
+    def encode(self, step: Step, begins: dict[str, int]) -> None:
+        """Write codes at the sink's position, and scales where the file wants them; a scale step writes no codes."""
+        assert step.target is not None
+        worker, working = self._worker, _working(step.target)
+        kmax = self.shared_exponent(step) if step.target.per_tensor else 0
+        each = piece_rows((step.rows, step.columns), working.block)
+        touched, num_blocks = False, 0
+        for first in range(0, step.rows, each):
+            rows = min(each, step.rows - first)
+            raw_bytes, values = self._values(step, first, rows)
+            known = self._ask(step, first, raw_bytes, values, working)
+            if known.untouched:
+                made = self._restore(step, values, known, working)
+                num_blocks += made.scales.numel()
+            else:
+                touched = True
+                made = self._quantize(step, first, values, known, working)
+            if not step.is_scale:
+                worker.sink.write(bytes_of(made.codes))
+                worker.on_bytes(made.codes.numel())
+            if step.scale_out is not None:
+                self._put_scales(step, begins, first, made.scales, kmax)
+        if touched and not step.is_scale:
+            worker.notes.losses.of(step.name).add_untouched(num_blocks)
+        if worker.knowledge and not step.is_scale:
+            worker.notes.untouched += not touched
+            worker.notes.changed += touched
+
+    # -- what comes in
+
+    def _values(self, step: Step | Matrix, first: int, rows: int) -> tuple[memoryview, Tensor]:
+        """The stored bytes of some rows, and what they mean as bfloat16 [rows, C]. raises NotFinite"""
+        worker = self._worker
+        stored = worker.inputs.codes(step, first, rows)
+        if not isinstance(step, Step) or step.quant is None:
+            values = stored.view(torch.bfloat16)
+        else:
+            scale_2 = worker.inputs.number(step.per_tensor[0]) if step.per_tensor else 1.0
+            scales = worker.inputs.scales(step, first, rows)
+            require_finite_scales(worker.inputs.reader, step, scales, first // step.quant.block.rows, scale_2)
+            values = torch.empty((rows, step.columns), dtype=torch.bfloat16)
+            height = step.quant.block.rows
+            for begin, count in _chunks(rows, step.columns, height):
+                mine = scales[begin // height : formats.ceil_div(begin + count, height)]
+                chunk = slice(begin, begin + count)
+                decoded = decoded_rows(stored[chunk], mine, step.quant, values[chunk], scale_2)
+                worker.notes.not_exact += decoded.num_inexact
+        return bytes_of(stored), values
+
+    def _ask(
+        self, step: Step, first: int, raw_bytes: memoryview, values: Tensor, working: Quant
+    ) -> KnownPiece:
+        if self._worker.knowledge is None:
+            return _NOTHING
+        return self._worker.knowledge.piece(step.name, first, raw_bytes, values, working)
+
+    # -- untouched
+
+    def _restore(self, step: Step, values: Tensor, known: KnownPiece, working: Quant) -> Made:
+        """The original's codes and scales; hashed again where only hashes are known of them. raises BadSidecar"""
+        assert known.scales is not None
+        codes = known.codes
+        if codes is None:
+            codes = self._codes(values, known.scales, working)
+        if known.hashes:
+            found = (hashlib.sha256(bytes_of(codes)).digest(), self._scale_digest(step, known.scales))
+            if found != (known.hashes.codes, known.hashes.scales):
+                raise BadSidecar(
+                    f"{step.name!r} does not come out as it was, although its values are untouched",
+                    expected=f"codes {known.hashes.codes.hex()[:16]}..., scales {known.hashes.scales.hex()[:16]}...",
+                    found=f"codes {found[0].hex()[:16]}..., scales {found[1].hex()[:16]}...",
+                    do="the sidecar is damaged or belongs to another conversion; the release restores it: --source DIR",
+                )
+        return Made(codes, known.scales)
+
+    def _scale_digest(self, step: Step, scales: Tensor) -> bytes:
+        has_scales = step.scale_out is not None or step.is_scale
+        return hashlib.sha256(bytes_of(scales) if has_scales else b"").digest()
+
+    def _codes(self, values: Tensor, scales: Tensor, working: Quant) -> Tensor:
+        rows, cols = values.shape
+        codes = torch.empty(formats.codes_shape((rows, cols), working), dtype=torch.uint8)
+        height = working.block.rows
+        for begin, count in _chunks(rows, cols, height):
+            mine = scales[begin // height : formats.ceil_div(begin + count, height)]
+            encoded(values[begin : begin + count], mine, working, codes[begin : begin + count])
+        return codes
+
+    # -- changed, or not known
+
+    def _quantize(self, step: Step, first: int, values: Tensor, known: KnownPiece, working: Quant) -> Made:
+        worker = self._worker
+        self._require_finite(step, first, values)
+        if worker.rules.is_vouched and worker.knowledge:
+            raise EditedOutput(
+                f"{step.name!r} is not what it was when this directory was converted, and its manifest says it is",
+                found=f"other values in the {values.shape[0]} rows from row {first} on",
+                do="if you changed the values on purpose: --accept-changes; if not, convert the release again",
+            )
+        scales = self._scales(values, known, working)
+        codes = self._codes(values, scales, working)
+        if not step.is_scale:
+            self._measure(step, values, codes, scales, known, working)
+        return Made(codes, scales)
+
+    def _require_finite(self, step: Step, first: int, values: Tensor) -> None:
+        if codec.count_not_finite(values):
+            row, col = (~values.isfinite()).nonzero()[0].tolist()
+            raise NotFinite(
+                f"{step.name!r} holds NaN or infinite values: no code can hold them",
+                file=self._worker.inputs.reader.shard_of(step.source),
+                found=f"the first at row {first + row}, column {col}",
+                do="a training run that diverged leaves such values; take a checkpoint from before",
+            )
+
+    def _scales(self, values: Tensor, known: KnownPiece, working: Quant) -> Tensor:
+        """What --scale-policy says, some rows of blocks at a time."""
+        height = working.block.rows
+        made = []
+        for begin, count in _chunks(values.shape[0], values.shape[1], height):
+            source = known.scales
+            if source is not None:
+                source = source[begin // height : formats.ceil_div(begin + count, height)]
+            made.append(self._scales_of_chunk(values[begin : begin + count], source, working))
+        return torch.cat(made)
+
+    def _scales_of_chunk(self, values: Tensor, source: Tensor | None, working: Quant) -> Tensor:
+        rules = self._worker.rules
+        keep = rules.scale_policy is ScalePolicy.KEEP and source is not None
+        if working.codes_per_element == 2:
+            if keep and source is not None:
+                return encode.kept_scale_fp4(values, source, working.block)
+            fresh = encode.fp4_fresh_scale(values, working.block)
+            grid = encode.fp4_grid_scale(values, working.block)
+            return torch.where(grid == E8M0_NAN, fresh, grid)  # values on a grid lose nothing there
+        if keep and source is not None:
+            return encode.kept_scale_fp8(values, source, working.block)
+        if working.scale == "F32" and rules.float_scales:
+            return encode.fp8_fresh_scale_f32(values, working.block)
+        fresh = encode.fp8_fresh_scale(values, working.block)
+        return recast.e8m0_to_f32(fresh) if working.scale == "F32" else fresh
+
+    def _measure(
+        self, step: Step, values: Tensor, codes: Tensor, scales: Tensor, known: KnownPiece, working: Quant
+    ) -> None:
+        loss = self._worker.notes.losses.of(step.name)
+        height = working.block.rows
+        alternative = FP8_TILE if working.codes_per_element == 2 else None
+        for begin, count in _chunks(values.shape[0], values.shape[1], height):
+            chunk = slice(begin, begin + count)
+            mine = scales[begin // height : formats.ceil_div(begin + count, height)]
+            original = None if known.values is None else known.values[chunk]
+            measure(loss, values[chunk], codes[chunk], mine, working, original, alternative)
+        if not self._worker.rules.allow_lossy:
+            require_measured(loss)
+
+    # -- what goes out
+
+    def _put_scales(self, step: Step, begins: dict[str, int], first: int, scales: Tensor, kmax: int) -> None:
+        assert step.target is not None and step.scale_out is not None
+        if step.target.per_tensor:
+            made = nvfp4_scales(step, scales, kmax)
+            if bool(made.lost_rc.any()) and not self._worker.rules.allow_lossy:
+                raise NotLossless(
+                    f"the blocks of {step.name!r} span more exponents than NVFP4 scales can hold",
+                    do="--to native or --to mxfp4-ct keep them; or accept the loss with --allow-lossy",
+                )
+            stored = made.scale
+        elif step.target.scale == "F32" and scales.dtype != torch.float32:
+            stored = recast.e8m0_to_f32(scales)
+        else:
+            stored = scales
+        block_row = step.scale_out_begin + first // _working(step.target).block.rows
+        data = bytes_of(stored)
+        offset = begins[step.scale_out] + block_row * (len(data) // max(1, stored.shape[0]))
+        self._worker.sink.write_at(offset, data)
+        self._worker.on_bytes(len(data))
+
+    def shared_exponent(self, step: Step) -> int:
+        """The largest exponent of the matrices that share weight_scale_2."""
+        found = self._exponents.get(step.shared)
+        if found is None:
+            self._exponents.clear()  # steps of one expert stand together
+            found = self._exponents[step.shared] = self._shared_exponent(step)
+        return found
+
+    def _shared_exponent(self, step: Step) -> int:
+        if step.quant is None or step.quant.codes_per_element == 1:
+            found = [scales for matrix in step.shared for scales in self._encoded_scales(step, matrix)]
+            counting = [scales[scales > 1] for scales in found]  # 1: what all-zero blocks get
+            return recast.nvfp4_exponent(counting)
+        return exponent_of(self._worker.inputs, step)
+
+    def _encoded_scales(self, step: Step, matrix: Matrix) -> list[Tensor]:
+        """The FP4 scales that a matrix of values will get."""
+        if step.quant is not None:
+            matrix_step = step._replace(
+                source=matrix.source, begin=matrix.begin, rows=matrix.rows, row_bytes=matrix.row_bytes,
+                scale=matrix.scale, scale_begin=matrix.scale_begin, scale_row_bytes=matrix.scale_row_bytes,
+            )  # fmt: skip
+        else:
+            matrix_step = step._replace(
+                source=matrix.source, begin=matrix.begin, rows=matrix.rows, row_bytes=matrix.row_bytes
+            )
+        each = piece_rows((matrix.rows, matrix_step.columns), FP4_EXPERT.block)
+        made = []
+        for first in range(0, matrix.rows, each):
+            _, values = self._values(matrix_step, first, min(each, matrix.rows - first))
+            self._require_finite(matrix_step, first, values)
+            made.append(self._scales(values, _NOTHING, FP4_EXPERT))
+        return made
+
+
+def _working(target: Quant) -> Quant:
+    """What is encoded first: NVFP4 scales are made of FP4 scales."""
+    return FP4_EXPERT if target.per_tensor else target
+
+
+def _chunks(rows: int, cols: int, height: int) -> list[tuple[int, int]]:
+    """(first row, rows) of chunks that are whole rows of blocks."""
+    each = max(1, _CHUNK_VALUES // max(1, cols) // height) * height
+    return [(begin, min(each, rows - begin)) for begin in range(0, rows, each)]
