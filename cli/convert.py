@@ -21,6 +21,9 @@ from .progress import Progress
 from .words import Console, LayerList, Size, human, plural, spans, table
 
 
+_SHOWN = 20  # quantized tensors; --json lists all
+
+
 @click.command("convert")
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path())
@@ -216,10 +219,14 @@ def _dry_run(made: Plan, dst: str, console: Console) -> int:
 
 def _say_plan(made: Plan, console: Console, *, files: bool) -> None:
     options = made.options
-    console.say(f"{made.release} ({made.storage}) -> {options.target}, {options.namespace} names", bold=True)
+    console.say(f"{made.release} ({made.storage}) -> {made.target}, {options.namespace} names", bold=True)
     console.say(f"  output    {plural(len(made.files), 'shard')}, {plural(made.num_tensors, 'tensor')}, "
                 f"{made.total_bytes:,} bytes ({human(made.total_bytes)})")  # fmt: skip
-    console.say(f"  copied    {plural(made.num_unchanged, 'tensor')} byte for byte, the others decoded")
+    console.say(f"  copied    {plural(made.num_unchanged, 'tensor')} byte for byte, the others recoded")
+    if made.original:
+        console.say(f"  original  {made.original.what}; shards {made.layout}")
+    elif made.remembered:
+        console.say(f"  sidecar   {SIDECAR_NAME} remembers what the way back needs")
     if options.layers is not None:
         console.say(f"  layers    {spans(options.layers)}, renumbered from 0")
     for reason, count in Counter(item.reason for item in made.dropped).items():
@@ -280,14 +287,53 @@ def _carry_out(
             else ""
         )
         console.say(f"done in {progress.seconds:.1f} s, {human(progress.rate)}/s{kept}")
+    if made.original:
+        console.say(
+            f"{plural(summary.num_untouched, 'tensor')} came out as the release has them, "
+            f"{summary.num_changed:,} had changed"
+        )
+    _say_losses(summary.losses, console)
     if summary.num_inexact:
-        console.say(f"{summary.num_inexact:,} values were rounded: their F32 scales are no powers of two")
+        console.say(f"{summary.num_inexact:,} values were rounded: the codes or BF16 cannot hold them exactly")
     if summary.num_not_finite:
         console.say(
             f"{summary.num_not_finite:,} values are NaN or infinite, in tensors that --allow-nan names"
         )
+    side = next((item for item in summary.files if item.name == SIDECAR_NAME), None)
+    if side and made.remembered:
+        share = side.size / sum(size for _, size, _ in made.source)
+        console.say(f"{SIDECAR_NAME}: {human(side.size)}, {share:.3%} of the source; --to native needs it")
     console.say(f"next: dsv4 verify {src} {dst} --level values")
     return EXIT_OK
+
+
+def _say_losses(losses: tuple[Any, ...], console: Console) -> None:
+    """The worst of the tensors that were quantized anew."""
+    lossy = [loss for loss in losses if loss.num_inexact]
+    if not losses:
+        return
+    console.say(f"{plural(len(losses), 'tensor')} quantized anew, {len(lossy):,} of them with loss")
+    if not lossy:
+        return
+    worst = sorted(lossy, key=lambda loss: (loss.kept_share is None, loss.kept_share or 0.0, -loss.relative_error))
+    rows = [("tensor", "same blocks", "relative error", "kept delta", "")]
+    for loss in worst[:_SHOWN]:
+        same, kept = loss.num_same_blocks / max(1, loss.num_blocks), loss.kept_share
+        told = "not measured" if kept is None else f"{kept:.1%}"
+        rows.append((loss.name, f"{same:.1%}", f"{loss.relative_error:.2e}", told, ""))
+    console.say(table(rows))
+    if len(lossy) > _SHOWN:
+        console.say(f"  ... and {len(lossy) - _SHOWN:,} more; --json lists all")
+
+
+def _loss_document(loss: Any) -> dict[str, Any]:
+    return {
+        "name": loss.name,
+        "same_blocks": loss.num_same_blocks / max(1, loss.num_blocks),
+        "rounded_values": loss.num_inexact,
+        "relative_error": loss.relative_error,
+        "kept_delta": loss.kept_share,
+    }
 
 
 def _document(made: Plan, summary: Any, dst: str, progress: Progress) -> dict[str, Any]:
@@ -301,6 +347,9 @@ def _document(made: Plan, summary: Any, dst: str, progress: Progress) -> dict[st
         "resumed": summary.num_resumed,
         "not_exact": summary.num_inexact,
         "not_finite": summary.num_not_finite,
+        "untouched": summary.num_untouched,
+        "changed": summary.num_changed,
+        "quantized": [_loss_document(loss) for loss in summary.losses],
         "dropped": len(made.dropped),
         "opaque": len(made.opaque),
         "seconds": round(progress.seconds, 3),

@@ -1,13 +1,14 @@
-"""dsv4 verify: structure, bytes, values."""
+"""dsv4 verify: structure, bytes, values, and ids from the Hub."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from dsv4ckpt import compare, source, survey, verify
+from dsv4ckpt import compare, oids, source, survey, verify
 from dsv4ckpt.errors import EXIT_DIFFERENT, EXIT_OK, Interrupted, Usage
 from dsv4ckpt.formats import MANIFEST_NAME
 
@@ -34,8 +35,16 @@ class _StopFlag:
 @click.option(
     "--level",
     type=click.Choice(["structure", "bytes", "values"]),
-    help="structure: headers only. bytes: SHA-256 against the manifest; with B, stored bytes of both. "
-    "values: decode both and compare.  [default: bytes, with B values]",
+    help="structure: headers only. bytes: SHA-256 against the manifest; with B, stored bytes of both, and their "
+    "files. values: decode both and compare.  [default: bytes, with B values]",
+)
+@click.option(
+    "--against-hub-oids",
+    "oids_path",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Hash A's files and compare them with the ids that the Hub publishes. FILE: `git lfs ls-files -l` in a "
+    "clone, `sha256sum *` elsewhere, or JSON of the Hub's tree or model info (see above).",
 )
 @click.option(
     "--subset", type=Subset(), metavar="n/t", help="A spot check: part n of t, of the files or tensors."
@@ -53,6 +62,7 @@ def command(
     a: str,
     b: str | None,
     level: str | None,
+    oids_path: str | None,
     subset: tuple[int, int] | None,
     tensors: tuple[str, ...],
     unit_scale: tuple[str, ...],
@@ -65,12 +75,33 @@ def command(
     Names and storage formats may differ: a BF16 conversion is compared with its packed source. The decoding is done
     by other code than the conversion's. Exits with 1 if there is any difference.
 
+    With --level bytes, shards, config, index and small files of both are compared as files too. Shards that hold the
+    same tensors in another order or split are told, and no failure.
+
     \b
     Examples:
       dsv4 verify flash-bf16
       dsv4 verify DeepSeek-V4-Flash flash-bf16 --level values
       dsv4 verify DeepSeek-V4-Flash flash-bf16 --subset 1/20
+      dsv4 verify DeepSeek-V4-Flash restored --level bytes
+      dsv4 verify restored --against-hub-oids oids.txt
+
+    \b
+    Ids of a release, of LFS files in a clone (no need to fetch them), or of all files by huggingface_hub:
+      GIT_LFS_SKIP_SMUDGE=1 git clone https://huggingface.co/deepseek-ai/DeepSeek-V4-Flash
+      git -C DeepSeek-V4-Flash lfs ls-files -l > oids.txt
+      python -c "import dataclasses, json, huggingface_hub as hub; \\
+        info = hub.HfApi().model_info('deepseek-ai/DeepSeek-V4-Flash', files_metadata=True); \\
+        print(json.dumps({'siblings': [dataclasses.asdict(s) for s in info.siblings]}))" > oids.json
     """
+    if oids_path is not None:
+        if b is not None or level or tensors or unit_scale:
+            raise Usage(
+                "--against-hub-oids compares the files of one directory with a list, whatever is in them",
+                expected="dsv4 verify A --against-hub-oids FILE",
+                do="leave out B, --level, --tensor and --unit-scale",
+            )
+        return _against_oids(a, oids_path, subset, workers, follow_links, console)
     if b is None:
         if level == "values" or tensors:
             raise Usage(
@@ -131,10 +162,9 @@ def _one(
                 stop=stop,
             )
         _say_problems(
-            [f"{file.name}: {file.verdict}" + (f", expected {file.expected}, found {file.found}" if file.found else "")
-             for file in report.files if file.verdict != "ok"],
+            [_file_words(file) for file in report.files if file.verdict != "ok"],
             console,
-        )  # fmt: skip
+        )
         good = sum(file.verdict == "ok" for file in report.files)
         of = "" if len(report.files) == report.num_listed else f" (of {report.num_listed} listed)"
         files = plural(len(report.files), "file")
@@ -145,6 +175,40 @@ def _one(
     elif level is None:
         console.say(f"  bytes     not checked: there is no {MANIFEST_NAME} with their SHA-256")
     return _conclude(document, console)
+
+
+def _against_oids(
+    path: str,
+    oids_path: str,
+    subset: tuple[int, int] | None,
+    workers: int,
+    follow_links: bool,
+    console: Console,
+) -> int:
+    published = oids.read_list(oids_path)
+    console.say(f"{path}: against {plural(len(published), 'id')} in {os.path.basename(oids_path)}", bold=True)
+    stop = _StopFlag()
+    with Progress("verify", quiet=console.quiet) as progress, stopping_on_signals(stop):
+        report = oids.verify_oids(
+            path,
+            published,
+            subset=subset,
+            follow_links=follow_links,
+            num_workers=workers,
+            on_event=_follow(progress),
+            stop=stop,
+        )
+    problems = [_file_words(file) for file in report.files if file.verdict != "ok"]
+    problems += [f"{name}: the list does not know this shard" for name in report.unlisted]
+    _say_problems(problems, console)
+    good = sum(file.verdict == "ok" for file in report.files)
+    files = plural(len(report.files), "file")
+    console.say(f"  ids       {good} of {files} have the published id, {human(report.num_bytes)} hashed")
+    if not report.files:
+        console.say("  nothing was compared: no listed file is here")
+    if report.not_here:
+        console.say(f"  not here  {_few(report.not_here)}: listed, but no checkpoint needs them")
+    return _conclude({"ok": report.ok, "oids": report.document()}, console)
 
 
 def _two(
@@ -185,7 +249,48 @@ def _two(
     same_bytes = level == "bytes" and report.counts[compare.Verdict.SAME_VALUES]
     if same_bytes:
         console.say(f"  {plural(same_bytes, 'tensor')} have the same values in other bytes")
-    return _conclude({"ok": report.ok and not same_bytes, "values": report.document()}, console)
+    document: dict[str, Any] = {"ok": report.ok and not same_bytes, "values": report.document()}
+    if level == "bytes" and (subset or tensors):
+        console.say("  files     not compared: only a part of the tensors was")
+    elif level == "bytes":
+        with stopping_on_signals(stop):
+            a, b = (found.checkpoint for found in surveys)
+            files = verify.compare_files(a, b, report.proven, stop=stop)
+        _say_files(files, console)
+        document |= {"ok": document["ok"] and files.ok, "files": files.document()}
+    return _conclude(document, console)
+
+
+def _say_files(files: verify.FilesReport, console: Console) -> None:
+    """`7 of 7 shards identical, config.json identical, ...`, then the names of those that are not."""
+    parts = []
+    for kind, word in (
+        ("shard", "shards"),
+        ("config", "config.json"),
+        ("index", "index"),
+        ("small", "small files"),
+    ):
+        pairs = [pair for pair in files.pairs if pair.kind == kind]
+        good = sum(pair.state is verify.FileState.IDENTICAL for pair in pairs)
+        if kind in ("shard", "small"):
+            parts += [f"{good} of {len(pairs)} {word} identical"]
+        else:
+            parts += [f"{word} {pair.state}" for pair in pairs]
+    console.say(f"  files     {', '.join(parts)}")
+    for state, comment in (
+        (verify.FileState.DIFFERS, ""),
+        (verify.FileState.OTHER_LAYOUT, " (no failure: the tensors of both were compared one by one)"),
+        (verify.FileState.ONLY_A, " (no failure)"),
+        (verify.FileState.ONLY_B, " (no failure)"),
+    ):
+        names = [pair.name for pair in files.pairs if pair.state is state]
+        if names:
+            console.say(f"    {state}{comment}: {_few(names)}")
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN:,} more; --json lists all" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _follow(progress: Progress) -> verify.OnEvent:
@@ -213,14 +318,18 @@ def _words(problem: verify.Problem) -> str:
     return "; ".join([problem.what, *(fact for fact in facts if fact)])
 
 
+def _file_words(file: verify.FileVerdict) -> str:
+    facts = f", expected {file.expected}, found {file.found}" if file.found else ""
+    return f"{file.name}: {file.verdict}{facts}"
+
+
 def _sentence(item: compare.TensorVerdict) -> str:
     if item.apart is None:
         return f"{item.name}: {item.verdict}" + (f": {item.reason}" if item.reason else "")
     apart = item.apart
     many = f"{plural(apart.num_values, 'value')} differ by up to {apart.distance} ulp of {apart.unit}"
-    return (
-        f"{item.name}: {many}; first at row {apart.row}, column {apart.col}: {apart.a} in A, {apart.b} in B"
-    )
+    first = f"first at row {apart.row}, column {apart.col}: {apart.a} in A, {apart.b} in B"
+    return "; ".join([f"{item.name}: {many}", first, *filter(None, [item.reason])])
 
 
 def _say_problems(problems: list[str], console: Console) -> None:

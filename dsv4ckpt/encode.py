@@ -94,6 +94,10 @@ def _extended_patterns() -> Tensor:
     return pattern
 
 
+def _extended(patterns_rc: Tensor) -> Tensor:
+    return torch.index_select(_extended_patterns(), 0, patterns_rc.view(-1)).view(patterns_rc.shape)
+
+
 def _nearest(grid: Tensor, values: Tensor) -> Tensor:
     """uint8: the number of the nearest entry of an ascending grid, ties to the even number. Both float64."""
     middles = (grid[1:] + grid[:-1]) / 2  # exact: one more bit
@@ -137,17 +141,17 @@ def _fp8_codes() -> Tensor:
 
 @functools.cache
 def _grid_tops() -> Tensor:
-    """int32 [65536]: for a pattern + 32768 the largest scale byte under which FP4_GRID has the value; unclamped.
+    """uint8 [65536]: for a pattern + 32768 one more than the largest scale byte with the value on its FP4_GRID.
 
     1 x 2**e and 3 x 2**e are on the grid up to the scale 2**(e+1). Zero is on every grid, what has more than
-    two significant bits on none.
+    two significant bits on none: 0.
     """
     extended = _extended_patterns()
     odd = (extended >> (_MANTISSA - 1)) & 1  # the value is 1.5 x 2**exponent
     tops = (extended >> _MANTISSA) - odd + 1
-    tops = torch.where(extended & 0x3F == 0, tops, -_NEVER)
-    tops[0] = _NEVER
-    return torch.cat([tops, tops])
+    tops = torch.where(extended & 0x3F == 0, tops.clamp(-1, _E8M0_MAX), -1)
+    tops[0] = _E8M0_MAX
+    return torch.cat([tops, tops]).add_(1).to(torch.uint8)
 
 
 def _look_up(table: Tensor, values_RC: Tensor, scale_rc: Tensor, block: Block, out_RC: Tensor) -> None:
@@ -215,15 +219,19 @@ def fp4_grid_scale(values_RC: Tensor, block: Block) -> Tensor:
     returns    uint8 [r, c], E8M0: 1 where all values are zero, as DeepSeek's quantizer has it; 255 (NaN) where there
                is no such scale among 2**-127..2**127
     """
-    index = _patterns(values_RC).to(torch.int32).add_(1 << 15)
-    tops_RC = torch.index_select(_grid_tops(), 0, index.view(-1)).view(values_RC.shape)
     amax_rc = _block_amax(values_RC, block)
+    top_rc = _over_blocks(torch.amin, _look_up_tops(values_RC), block) - 1
     # 4 and 6 are the largest of the grid: the scale is at least 2**-2 of the largest value's power of two.
-    bottom_rc = (_extended_patterns()[amax_rc] >> _MANTISSA) - 2
-    scale_rc = _over_blocks(torch.amin, tops_RC, block).clamp(max=_E8M0_MAX)
-    fits = (scale_rc >= bottom_rc) & (scale_rc >= 0)
-    scale_rc = torch.where(fits, scale_rc, E8M0_NAN)
-    return torch.where(amax_rc == 0, _FP4_LOWEST, scale_rc).to(torch.uint8)
+    bottom_rc = ((_extended(amax_rc) >> _MANTISSA) - 2).clamp_(min=0)
+    scale_rc = top_rc.to(torch.uint8)
+    scale_rc[top_rc < bottom_rc] = E8M0_NAN
+    scale_rc[amax_rc == 0] = _FP4_LOWEST
+    return scale_rc
+
+
+def _look_up_tops(values_RC: Tensor) -> Tensor:
+    index = _patterns(values_RC).to(torch.int32).add_(1 << 15)
+    return torch.index_select(_grid_tops(), 0, index.view(-1)).view(values_RC.shape)
 
 
 # How far above the true scale the largest one lies that has this code on its grid: 0.5 and 1.5 pin it; see _grid_tops.
@@ -281,7 +289,7 @@ def encode_fp4(values_RC: Tensor, scale_rc: Tensor, block: Block, out: Tensor | 
     _look_up(_fp4_codes(), values_RC, scale_rc, block, codes)
     pairs = codes.view(torch.int16)  # the even column is the low byte
     packed = torch.empty(pairs.shape, dtype=torch.uint8) if out is None else out
-    return packed.copy_((pairs | pairs >> 4).bitwise_and_(0xFF))
+    return packed.copy_(pairs | pairs >> 4)  # to uint8: the low byte
 
 
 def encode_fp8(values_RC: Tensor, scale_rc: Tensor, block: Block, out: Tensor | None = None) -> Tensor:
@@ -356,7 +364,7 @@ def kept_scale_fp8(values_RC: Tensor, source_scale_rc: Tensor, block: Block) -> 
 
 def _fits(amax_rc: Tensor, scale_rc: Tensor, top: int) -> Tensor:
     """bool [r, c]: amax / scale is in (max / 4, max], or amax is zero. amax and top are patterns, scale_rc uint8."""
-    below = top - _ONE - _extended_patterns()[amax_rc] + (scale_rc.to(torch.int32) << _MANTISSA)
+    below = top - _ONE - _extended(amax_rc) + (scale_rc.to(torch.int32) << _MANTISSA)
     return (below >= 0) & (below < 2 << _MANTISSA) | (amax_rc == 0)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import codec, formats, recast
 from .errors import NotFinite, NotLossless
-from .plan import Matrix, Step
 from .source import Reader
+from .steps import Matrix, Step
 
 
 class Scratch:

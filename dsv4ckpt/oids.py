@@ -2,8 +2,8 @@
 
 Owns the four forms that such a list comes in.  It may come from a stranger: its file names must be plain and relative
 before anything is opened.  Reads no headers and knows no tensors.
-Source: Git LFS pointer spec (the id is the SHA-256 of the file), git's blob id (SHA-1 over `blob SIZE NUL` and the file),
-the JSON of the Hub's tree and model routes as huggingface_hub 2.4 reads them.
+Source: Git LFS (the id is the SHA-256 of the file), git's blob id (SHA-1 over `blob SIZE NUL` and the file), the JSON
+of the Hub's tree and model routes as huggingface_hub 2.4 reads them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 from . import contained, formats, strictjson
-from .errors import BadManifest, UnsafePath, printable
+from .errors import BadManifest, MissingFile, UnsafePath, printable
 from .formats import CONFIG_NAME, INDEX_NAME
 from .verify import (
     Digest,
@@ -84,8 +84,10 @@ def verify_oids(
     Shards, index and config must be here if they are listed. Shards that are not listed are looked for in the directory
     itself, not below it: readers in the field do not look there either.
     on_event  called from worker threads
-    raises    UnsafePath, Usage, SourceChanged, Environment, what `stop` raises
+    raises    MissingFile, UnsafePath, Usage, SourceChanged, Environment, what `stop` raises
     """
+    if not os.path.isdir(directory):
+        raise MissingFile("there is no such directory", found=repr(directory), do="check the spelling of it")
     chosen = part_of(published, subset)
     sizes = {file.name: contained.size_of(directory, file.name, follow_links) for file in chosen}
     to_hash = [

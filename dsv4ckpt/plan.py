@@ -15,150 +15,21 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
-from . import __version__, formats, shard, strictjson
+from . import __version__, formats, strictjson
 from . import config as configs
 from .errors import NotConform, Usage
-from .formats import CONFIG_NAME, INDEX_NAME, Kind, Quant, Shape, Spelling, Storage, Target
+from .formats import CONFIG_NAME, INDEX_NAME, Kind, Shape, Spelling, Storage, Target
 from .inventory import Layout, Logical, Stored, lay_out, shard_groups
 from .names import Namespace
 from .original import Original, remember
 from .release import shipped_config
 from .sidecar import Remembered
 from .source import Checkpoint, SmallFile
+from .steps import Op, PlannedFile, PlannedTensor, Step, StepMaker, carried
 from .survey import Survey
 
-_METADATA = {"format": "pt"}  # what loaders look for
-_BF16_BYTES = 2
 _MODELOPT_CONFIG = "hf_quant_config.json"
 _SPACE_MARGIN = 64 * 1024 * 1024  # bytes kept free beyond the output itself
-
-
-class Op(StrEnum):
-    """How stored bytes become output bytes.  Conversions are composed of these, whatever their ends."""
-
-    COPY = "copy"  # as they are
-    DECODE = "decode"  # codes and scales -> BF16
-    SCALES = "scales"  # E8M0 <-> F32 scales of the same codes
-    RECAST = "recast"  # FP4 codes -> FP8 codes
-    TILES = "tiles"  # FP4 scales -> the scales of those FP8 codes
-    NVFP4_SCALES = "nvfp4 scales"  # FP4 scales -> E4M3 per 16
-    NVFP4_SCALE_2 = "nvfp4 scale 2"  # and the F32 number that they are relative to
-    NUMBER = "number"  # one F32 number that is known now
-    ENCODE = "encode"  # values, or codes by their values -> other codes and their scales
-
-
-class Matrix(NamedTuple):
-    """One quantized matrix that shares a scale with another: its FP4 scales and codes, or its values."""
-
-    source: str
-    begin: int
-    rows: int
-    row_bytes: int
-    scale: str | None
-    scale_begin: int
-    scale_row_bytes: int
-
-
-class Step(NamedTuple):
-    """Rows [begin, begin + rows) of one stored tensor, leading dimensions flattened, become output bytes.
-
-    scale is None for what is not quantized, and for FP8 whose scales the user declared to be 1.
-    """
-
-    op: Op
-    name: str  # the logical tensor, by its name in the source
-    source: str
-    begin: int
-    rows: int
-    row_bytes: int
-    scale: str | None = None
-    scale_begin: int = 0
-    scale_row_bytes: int = 0
-    quant: Quant | None = None  # of the source
-    per_tensor: tuple[str, ...] = ()  # the source's further scales, as quant names them
-    target: Quant | None = None  # of the output
-    scale_out: str | None = (
-        None  # ENCODE: the output tensor of this file that takes the scales, from this row on
-    )
-    scale_out_begin: int = 0
-    shared: tuple[Matrix, ...] = ()  # NVFP4: the matrices under one weight_scale_2, this one included
-    number: float = 0.0  # NUMBER
-    leaf: str = "weight"  # which tensor of the matrix this makes, in the words of names.LEAVES
-
-    @property
-    def is_scale(self) -> bool:
-        """Whether the values themselves, or their codes, are made by another step."""
-        return self.leaf != "weight"
-
-    @property
-    def columns(self) -> int:
-        """Values in a row."""
-        if self.quant is None:
-            return self.row_bytes // _BF16_BYTES
-        return self.row_bytes * self.quant.codes_per_element
-
-    @property
-    def out_row_bytes(self) -> int:
-        """Output bytes for one row of a step that makes rows from rows."""
-        if self.op is Op.COPY:
-            return self.row_bytes
-        if self.op is Op.DECODE:
-            return self.columns * _BF16_BYTES
-        assert self.target is not None
-        return formats.ceil_div(self.columns, self.target.codes_per_element)
-
-    @property
-    def out_bytes(self) -> int:
-        """Output bytes of the whole step in its tensor."""
-        if self.op in (Op.COPY, Op.DECODE, Op.RECAST) or (self.op is Op.ENCODE and self.leaf == "weight"):
-            return self.rows * self.out_row_bytes
-        if self.op in (Op.NUMBER, Op.NVFP4_SCALE_2):
-            return formats.DTYPE_BITS["F32"] // 8
-        assert self.target is not None
-        grid = formats.scale_shape((self.rows, self.columns), self.target.block)
-        return formats.stored_bytes(self.target.scale, grid)
-
-
-class PlannedTensor(NamedTuple):
-    """One output tensor: its steps' results one after the other. Without steps: scales that ENCODE steps fill."""
-
-    name: str
-    dtype: str
-    shape: Shape
-    steps: tuple[Step, ...]
-
-
-@dataclass(frozen=True)
-class PlannedFile:
-    """One output shard, its tensors in the order of their bytes."""
-
-    name: str
-    tensors: tuple[PlannedTensor, ...]
-    released_header: bytes | None = None  # as the release had it; None: our canonical one
-
-    @functools.cached_property
-    def header(self) -> bytes:
-        if self.released_header is not None:
-            return self.released_header
-        return shard.encode_header(((t.name, t.dtype, t.shape) for t in self.tensors), _METADATA)
-
-    @functools.cached_property
-    def size(self) -> int:
-        return len(self.header) + sum(formats.stored_bytes(t.dtype, t.shape) for t in self.tensors)
-
-    @functools.cached_property
-    def begins(self) -> dict[str, int]:
-        """Where each tensor's bytes begin in the file."""
-        position, found = len(self.header), {}
-        for tensor in self.tensors:
-            found[tensor.name] = position
-            position += formats.stored_bytes(tensor.dtype, tensor.shape)
-        return found
-
-    @property
-    def in_order(self) -> bool:
-        """Whether bytes can be made in the order of the file. ENCODE makes codes and scales at once."""
-        return not any(step.op is Op.ENCODE for tensor in self.tensors for step in tensor.steps)
 
 
 class Dropped(NamedTuple):
@@ -304,8 +175,14 @@ def make_plan(survey: Survey, options: ConvertOptions, original: Original | None
     if original:
         _leave_out_absent_scales(original, target)
         _require_kin(original, survey, target)
-    maker = _Maker(survey, options, target, {renamed.name: source for source, renamed in kept})
-    files = _files(maker, original)
+    maker = StepMaker(
+        survey,
+        target,
+        {renamed.name: source for source, renamed in kept},
+        input_scales=options.input_scales,
+        allow_lossy=options.allow_lossy,
+    )
+    files = _files(maker, original, options.max_shard_bytes)
     _require_used_scales(options, target)
     dropped = _dropped(survey, dropped_logicals)
     document = configs.for_subset(survey.document, layers, keep_mtp=options.keep_mtp)
@@ -513,153 +390,10 @@ def _dropped(survey: Survey, logicals: list[Logical]) -> list[Dropped]:
     return found
 
 
-class _Maker:
-    """Makes the steps of each output tensor."""
-
-    def __init__(
-        self, survey: Survey, options: ConvertOptions, target: Layout, origin: dict[str, Logical]
-    ) -> None:
-        self.survey, self.options, self.target = survey, options, target
-        self._origin = origin  # logical name in the target -> logical tensor of the source
-        self._number_names: set[str] = set()
-
-    def steps(self, stored: Stored, in_file: set[str]) -> tuple[Step, ...]:
-        """The steps that fill one output tensor of a file that holds `in_file`."""
-        made = []
-        for part in stored.parts:
-            step = self._step(stored, part.logical, in_file)
-            if step is not None:
-                made.append(step)
-        return tuple(made)
-
-    def _step(self, stored: Stored, logical: Logical, in_file: set[str]) -> Step | None:
-        origin = self._origin[logical.name]
-        before, after = self.survey.layout.quant(origin), self.target.quant(logical)
-        op = _op(before, after, stored.leaf, lossy=self.options.allow_lossy)
-        if op is Op.NUMBER:
-            return self._number(stored, origin)
-        step = self._read(op, origin, after)._replace(leaf=stored.leaf)
-        if op is Op.COPY and stored.leaf != "weight":
-            return self._copied_leaf(stored.leaf, origin)
-        if op in (Op.NVFP4_SCALES, Op.NVFP4_SCALE_2) or (op is Op.ENCODE and after and after.per_tensor):
-            step = step._replace(shared=self._shared(origin))
-        if op is not Op.ENCODE:
-            return step
-        scale, index = self.target.scales[logical.name]
-        if stored.leaf == "weight" and scale in in_file:
-            return step._replace(
-                scale_out=scale, scale_out_begin=self.target.stored[scale].parts[index].begin
-            )
-        if stored.leaf == "weight":
-            return step  # the scales stand in another shard, and are made once more for it
-        if self.target.weights[logical.name][0] in in_file:
-            return None  # the step of the codes fills the scales too
-        begin = self.target.stored[scale].parts[index].begin
-        return step._replace(scale_out=scale, scale_out_begin=begin)
-
-    def _read(self, op: Op, origin: Logical, after: Quant | None) -> Step:
-        """A step that reads the whole of a logical tensor."""
-        layout = self.survey.layout
-        source, index = layout.weights[origin.name]
-        held = layout.stored[source]
-        row_bytes = formats.stored_bytes(held.dtype, held.shape[-1:] if len(held.shape) > 1 else held.shape)
-        part = held.parts[index]
-        step = Step(op, origin.name, source, part.begin, part.rows, row_bytes, target=after)
-        quant = layout.quant(origin)
-        if quant is None:
-            return step
-        step = step._replace(
-            quant=quant,
-            per_tensor=tuple(layout.per_tensor[leaf][origin.name][0] for leaf in quant.per_tensor),
-        )
-        scale, scale_index = layout.scales[origin.name]
-        if scale not in self.survey.checkpoint.tensors:
-            return step
-        scales = layout.stored[scale]
-        return step._replace(
-            scale=scale,
-            scale_begin=scales.parts[scale_index].begin,
-            scale_row_bytes=formats.stored_bytes(quant.scale, scales.shape[-1:]),
-        )
-
-    def _copied_leaf(self, leaf: str, origin: Logical) -> Step:
-        layout = self.survey.layout
-        index = layout.scales if leaf == "scale" else layout.per_tensor[leaf]
-        name, number = index[origin.name]
-        held = layout.stored[name]
-        row_bytes = formats.stored_bytes(held.dtype, held.shape[-1:] if len(held.shape) > 1 else held.shape)
-        part = held.parts[number]
-        return Step(Op.COPY, origin.name, name, part.begin, part.rows, row_bytes, leaf=leaf)
-
-    def _number(self, stored: Stored, origin: Logical) -> Step:
-        step = self._read(Op.NUMBER, origin, None)._replace(leaf=stored.leaf)
-        if self.options.input_scales is None:
-            return step._replace(number=1.0)
-        if stored.name not in self.options.input_scales:
-            raise Usage(
-                f"--input-scales does not name {stored.name!r}", do="name every expert, or leave it out"
-            )
-        return step._replace(number=self.options.input_scales[stored.name])
-
-    def _shared(self, origin: Logical) -> tuple[Matrix, ...]:
-        """w1 and w3 of an expert are multiplied as one matrix: they share weight_scale_2."""
-        head, _, inner = origin.name.rpartition(".w")
-        both = ("w1", "w3") if inner.partition(".")[0] in ("1", "3") else ("w2",)
-        found = []
-        for name in both:
-            step = self._read(Op.COPY, origin._replace(name=f"{head}.{name}.weight"), None)
-            found.append(
-                Matrix(
-                    step.source,
-                    step.begin,
-                    step.rows,
-                    step.row_bytes,
-                    step.scale,
-                    step.scale_begin,
-                    step.scale_row_bytes,
-                )
-            )
-        return tuple(found)
-
-
-def _op(before: Quant | None, after: Quant | None, leaf: str, *, lossy: bool) -> Op:
-    """What makes one of the tensors of a quantized matrix from another way to store it."""
-    if after is None:
-        return Op.COPY if before is None else Op.DECODE
-    if leaf == "input_scale" and not (before and before.per_tensor):
-        return Op.NUMBER
-    if before is None:
-        return _of_encoding(leaf)
-    if before.codes_per_element == after.codes_per_element == 2:
-        if bool(before.per_tensor) == bool(after.per_tensor):
-            return Op.COPY
-        if before.per_tensor:
-            return Op.ENCODE
-        return {"weight": Op.COPY, "scale": Op.NVFP4_SCALES, "scale_2": Op.NVFP4_SCALE_2}[leaf]
-    if before.codes_per_element == after.codes_per_element and before.block == after.block:
-        rounds = before.scale == "F32" and after.scale != "F32"  # an F32 scale need not be a power of two
-        if rounds and lossy:
-            return Op.ENCODE
-        return Op.COPY if leaf == "weight" or before.scale == after.scale else Op.SCALES
-    if before.codes_per_element == 2 and not before.per_tensor:
-        return Op.RECAST if leaf == "weight" else Op.TILES
-    return _of_encoding(leaf)
-
-
-def _of_encoding(leaf: str) -> Op:
-    return Op.NVFP4_SCALE_2 if leaf == "scale_2" else Op.ENCODE
-
-
-def _carried(checkpoint: Checkpoint, name: str) -> PlannedTensor:
-    entry = checkpoint.tensors[name].entry
-    step = Step(Op.COPY, name, name, 0, 1, entry.end - entry.begin)
-    return PlannedTensor(name, entry.dtype, entry.shape, (step,))
-
-
-def _files(maker: _Maker, original: Original | None) -> tuple[PlannedFile, ...]:
+def _files(maker: StepMaker, original: Original | None, max_shard_bytes: int) -> tuple[PlannedFile, ...]:
     """The output shards: laid out as the release had them if all of it is there, else by size."""
     survey, target = maker.survey, maker.target
-    opaque = {name: _carried(survey.checkpoint, name) for name in survey.opaque}
+    opaque = {name: carried(survey.checkpoint, name) for name in survey.opaque}
     if original and target.namespace is Namespace.DEEPSEEK:
         names = {name for _, _, entries in original.files for name in entries}
         if names == target.stored.keys() | opaque.keys():
@@ -676,7 +410,7 @@ def _files(maker: _Maker, original: Original | None) -> tuple[PlannedFile, ...]:
             )
     groups: list[list[_Described]] = [[*group] for group in shard_groups(target)]
     groups.append([*opaque.values()])
-    shards = _split(groups, maker.options.max_shard_bytes)
+    shards = _split(groups, max_shard_bytes)
     files = []
     for number, tensors in enumerate(shards, 1):
         in_file = {tensor.name for tensor in tensors}
@@ -689,8 +423,8 @@ def _files(maker: _Maker, original: Original | None) -> tuple[PlannedFile, ...]:
     return tuple(files)
 
 
-def _planned(maker: _Maker, stored: Stored, in_file: set[str]) -> PlannedTensor:
-    return PlannedTensor(stored.name, stored.dtype, stored.shape, maker.steps(stored, in_file))
+def _planned(maker: StepMaker, stored: Stored, in_file: set[str]) -> PlannedTensor:
+    return PlannedTensor(stored.name, stored.dtype, stored.shape, maker.steps_of(stored, in_file))
 
 
 def _split(groups: list[list[_Described]], max_shard_bytes: int) -> list[list[_Described]]:
@@ -747,7 +481,7 @@ def _require_conservation(survey: Survey, plan: Plan) -> None:
     made = [tensor for file in plan.files for tensor in file.tensors]
     if len({tensor.name for tensor in made}) != len(made):
         raise NotConform("two outputs would have one name", do="please report this")
-    uses: dict[str, list[tuple[int, int]]] = {name: [] for name in tensors}
+    uses: _Uses = {name: [] for name in tensors}
     for file in plan.files:
         filled = _filled(file)
         for tensor in file.tensors:
@@ -755,14 +489,14 @@ def _require_conservation(survey: Survey, plan: Plan) -> None:
                 raise NotConform(f"tensor {tensor.name!r} would not be filled", do="please report this")
             for step in tensor.steps:
                 _use(uses, step)
-    for item in plan.dropped:
-        uses[item.name].append((0, _num_rows(tensors[item.name].entry.shape)))
+    for number, item in enumerate(plan.dropped):
+        uses[item.name].append((0, _num_rows(tensors[item.name].entry.shape), f"dropped {number}"))
     made_twice = _duplicates(plan)
     if made_twice:
         raise NotConform(f"tensor {made_twice!r} would not be used exactly once", do="please report this")
     for name, ranges in uses.items():
         position = 0
-        for begin, rows in sorted(set(ranges)):
+        for begin, rows, _ in sorted(set(ranges)):
             if begin != position:
                 position = -1
                 break
@@ -784,13 +518,17 @@ def _filled(file: PlannedFile) -> dict[str, int]:
     return filled
 
 
-def _use(uses: dict[str, list[tuple[int, int]]], step: Step) -> None:
+_Uses = dict[str, list[tuple[int, int, str]]]  # stored tensor -> (first row, rows, for which logical tensor)
+
+
+def _use(uses: _Uses, step: Step) -> None:
     """Note which input rows a step reads. Codes and scales of one matrix may be made by two steps that read both."""
-    uses[step.source].append((step.begin, step.rows))
+    uses[step.source].append((step.begin, step.rows, step.name))
     if step.scale and step.quant:
-        uses[step.scale].append((step.scale_begin, formats.ceil_div(step.rows, step.quant.block.rows)))
+        rows = formats.ceil_div(step.rows, step.quant.block.rows)
+        uses[step.scale].append((step.scale_begin, rows, step.name))
     for name in step.per_tensor:
-        uses[name].append((0, 1))
+        uses[name].append((0, 1, step.name))
 
 
 def _duplicates(plan: Plan) -> str | None:

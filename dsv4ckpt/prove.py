@@ -10,8 +10,9 @@ from __future__ import annotations
 from . import formats, recast
 from .errors import NotLossless
 from .inputs import Inputs, exponent_of, lost_values, require_finite_scales, tile_scales
-from .plan import Op, Plan, Step
+from .plan import Plan
 from .source import Checkpoint, Reader
+from .steps import Op, Step
 from .work import Stop
 
 _ROWS = 4096

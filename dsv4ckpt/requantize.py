@@ -17,9 +17,10 @@ from . import codec, encode, formats, recast
 from .errors import BadSidecar, EditedOutput, NotFinite, NotLossless
 from .formats import E8M0_NAN, FP4_EXPERT, FP8_TILE, Quant
 from .inputs import exponent_of, nvfp4_scales, require_finite_scales
-from .plan import Matrix, ScalePolicy, Step
+from .plan import ScalePolicy
 from .roundtrip import KnownPiece, bytes_of, decoded_rows, encoded, measure, require_measured
 from .sidecar import piece_rows
+from .steps import Matrix, Step
 
 if TYPE_CHECKING:
     from .work import Worker

@@ -18,9 +18,9 @@ from torch import Tensor
 from . import codec, encode, formats
 from .errors import BadSidecar, NotLossless
 from .formats import Quant, Shape
-from .plan import Op, Step
 from .sidecar import KEPT, RULE, UNIT, VERBATIM, Piece, Record, Sidecar, piece_rows
 from .source import Reader
+from .steps import Op, Step
 from .survey import Survey
 
 _EXACT_BYTES = (3, 246)  # E8M0 bytes for which bfloat16 holds every product with E4M3

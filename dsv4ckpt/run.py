@@ -19,12 +19,13 @@ from .errors import ForeignOutput, Interrupted, NoSpace, SourceChanged, Vanishin
 from .formats import INDEX_NAME, MANIFEST_NAME, SIDECAR_NAME, Kind
 from .manifest import read_manifest
 from .outdir import OutDir
-from .plan import Plan, PlannedFile, space_needed
+from .plan import Plan, space_needed
 from .release import RELEASES
 from .roundtrip import Knowledge, Loss, SidecarKnowledge, SourceKnowledge, loss_of_row
 from .sidecar import PartWriter
 from .sink import Receipt
 from .source import Checkpoint
+from .steps import PlannedFile
 from .threads import one_torch_thread
 from .work import Rules, Worker
 

@@ -328,15 +328,17 @@ def _state(a: Checkpoint, b: Checkpoint, name: str, watch: Watch) -> FileState:
     size = sizes[0] or 0
     if size != sizes[1]:
         return FileState.DIFFERS
-    views = [memoryview(bytearray(min(size, _HASH_BYTES))) for _ in sizes]
+    buffers = bytearray(min(size, _HASH_BYTES)), bytearray(min(size, _HASH_BYTES))
     with (
         contained.opened(a.directory, name, a.follow_links) as fd_a,
         contained.opened(b.directory, name, b.follow_links) as fd_b,
     ):
         for offset in range(0, size, _HASH_BYTES):
-            for fd, view in zip((fd_a, fd_b), views, strict=True):
-                shard.read_into(fd, view[: size - offset], offset, name)
-            if views[0] != views[1]:  # what follows a shorter last piece is left from the piece before: equal
+            for fd, buffer in zip((fd_a, fd_b), buffers, strict=True):
+                shard.read_into(fd, memoryview(buffer)[: size - offset], offset, name)
+            if (
+                buffers[0] != buffers[1]
+            ):  # what follows a shorter last piece is left from the piece before: equal
                 return FileState.DIFFERS
             watch.read(2 * min(_HASH_BYTES, size - offset))
     return FileState.IDENTICAL
@@ -354,7 +356,7 @@ class Digest(Protocol):
 
 
 def hash_file(digest: Digest, directory: str, name: str, size: int, follow_links: bool, watch: Watch) -> str:
-    """Feed the first `size` bytes of a file below `directory` to a hash. raises UnsafePath, SourceChanged, Environment"""
+    """Feed the first `size` bytes of a file to a hash. raises UnsafePath, SourceChanged, Environment"""
     buffer = memoryview(bytearray(min(size, _HASH_BYTES)))
     with contained.opened(directory, name, follow_links) as fd:
         for offset in range(0, size, _HASH_BYTES):

@@ -26,12 +26,13 @@ from .inputs import (
     require_finite_scales,
     tile_scales,
 )
-from .plan import Op, PlannedTensor, ScalePolicy, Step
+from .plan import ScalePolicy
 from .requantize import Encoder
 from .roundtrip import Knowledge, Losses, Recorder, bytes_of, carries_codes, decoded_rows, ruled_scales
 from .sidecar import PartWriter, piece_rows
 from .sink import FileSink
 from .source import Reader
+from .steps import Op, PlannedTensor, Step
 
 _CHUNK_VALUES = 1024 * 1024  # decoded at a time: fits the second-level cache together with its index
 _COPY_BYTES = 4 * 1024 * 1024

@@ -23,9 +23,10 @@ import pytest
 
 from dsv4ckpt import config, inventory, plan, sample, source, survey
 from dsv4ckpt.errors import NotConform, Usage
-from dsv4ckpt.formats import Storage
+from dsv4ckpt.formats import Storage, Target
 from dsv4ckpt.names import Namespace
-from dsv4ckpt.plan import ConvertOptions, Op, Plan, PlannedFile, PlannedTensor, Step, make_plan
+from dsv4ckpt.plan import ConvertOptions, Plan, ScalePolicy, make_plan
+from dsv4ckpt.steps import Op, PlannedFile, PlannedTensor, Step
 from dsv4ckpt.release import RELEASES, shipped_config
 from dsv4ckpt.shard import Entry
 from dsv4ckpt.survey import Survey
@@ -88,7 +89,13 @@ def size_of(tensor: PlannedTensor) -> int:
 
 def bytes_made(step: Step) -> int:
     """A packed FP4 byte becomes two values of two bytes, an FP8 byte one."""
-    return step.rows * step.row_bytes * {Op.COPY: 1, Op.FP4: 4, Op.FP8: 2}[step.op]
+    growth = 1 if step.quant is None else 2 * step.quant.codes_per_element
+    return step.rows * step.row_bytes * (growth if step.op is Op.DECODE else 1)
+
+
+def block_rows(step: Step) -> int:
+    assert step.quant is not None
+    return step.quant.block.rows
 
 
 def require_aligned(found: Survey, made: Plan) -> None:
@@ -110,7 +117,7 @@ def require_within_source(found: Survey, made: Plan) -> None:
             assert (step.begin + step.rows) * step.row_bytes <= entry.end - entry.begin
             if step.scale:
                 scale = found.checkpoint.tensors[step.scale].entry
-                rows = -(-step.rows // step.block.rows)
+                rows = -(-step.rows // block_rows(step))
                 assert (step.scale_begin + rows) * step.scale_row_bytes <= scale.end - scale.begin
 
 
@@ -120,7 +127,7 @@ def require_all_used_or_dropped(found: Survey, made: Plan) -> None:
         for step in tensor.steps:
             used[step.source] += step.rows * step.row_bytes
             if step.scale:
-                used[step.scale] += -(-step.rows // step.block.rows) * step.scale_row_bytes
+                used[step.scale] += -(-step.rows // block_rows(step)) * step.scale_row_bytes
     for item in made.dropped:
         assert item.name not in used
         used[item.name] += item.size
@@ -237,7 +244,7 @@ def test_output_of_all_layers_holds_every_source_weight_and_no_scale(
 @pytest.mark.parametrize("release", RELEASES)
 def test_only_quantized_matrices_are_decoded(release: str, namespace: Namespace, survey_of: SurveyOf) -> None:
     stored = survey_of(release).checkpoint.tensors
-    ops = {"I8": Op.FP4, "F8_E4M3": Op.FP8}
+    ops = {"I8": Op.DECODE, "F8_E4M3": Op.DECODE}
     made = make_plan(survey_of(release), ConvertOptions(namespace=namespace))
     for tensor in tensors(made):
         for step in tensor.steps:
@@ -471,14 +478,18 @@ def test_plan_does_not_depend_on_the_order_of_sets(sample_of: SampleOf) -> None:
 
 
 OTHER: dict[str, Any] = {
-    "target": Storage.FP8,
+    "target": Target.FP8,
     "namespace": Namespace.TRANSFORMERS,
     "layers": (0, 1, 2),
     "keep_mtp": False,
     "max_shard_bytes": 10**9,
     "allow_nan": frozenset({"embed.weight"}),
     "unit_scales": frozenset({"layers.0.attn.wkv.weight"}),
+    "scale_policy": ScalePolicy.FRESH,
+    "input_scales": {"layers.0.ffn.experts.0.w2.input_scale": 0.5},
+    "allow_lossy": True,
 }
+ONLY_PERMITS = {"allow_lossy"}  # changes no byte: what was refused is finished by the same plan
 
 
 def test_every_option_is_tested_below() -> None:
@@ -489,8 +500,8 @@ def test_every_option_is_tested_below() -> None:
 def test_hash_changes_with_each_option(option: str, survey_of: SurveyOf) -> None:
     plain = make_plan(survey_of("flash"), ConvertOptions())
     changed = replace(plain, options=replace(plain.options, **{option: OTHER[option]}))
-    assert changed.sha256 != plain.sha256
-    if option != "target":  # 0.1 makes BF16 only
+    assert (changed.sha256 != plain.sha256) == (option not in ONLY_PERMITS)
+    if option not in ("input_scales", *ONLY_PERMITS):  # those go with NVFP4 only
         assert make_plan(survey_of("flash"), changed.options).sha256 != plain.sha256
 
 
@@ -526,7 +537,7 @@ def test_document_is_json_and_names_no_place_or_time(survey_of: SurveyOf, sample
     assert str(sample_of("flash")) not in text
     assert str(Path.home()) not in text
     assert set(json.loads(text)) == {
-        "tool", "release", "source", "options", "files", "written", "copied", "dropped",
+        "tool", "release", "source", "options", "files", "written", "copied", "dropped", "layout", "sidecar", "original",
     }  # fmt: skip
 
 
@@ -554,10 +565,16 @@ def test_too_few_layers_for_dspark_are_refused(survey_of: SurveyOf) -> None:
         make_plan(survey_of("flash-0731"), ConvertOptions(layers=(0, 1)))
 
 
-@pytest.mark.parametrize("target", [storage for storage in Storage if storage is not Storage.BF16])
-def test_target_that_cannot_be_made_is_never_planned(target: Storage, survey_of: SurveyOf) -> None:
-    with pytest.raises((Usage, NotConform)):
-        make_plan(survey_of("flash"), ConvertOptions(target=target))
+@pytest.mark.parametrize("target", [Target.NVFP4, Target.MXFP4_CT])
+def test_formats_of_other_tools_keep_the_released_names(target: Target, survey_of: SurveyOf) -> None:
+    with pytest.raises(Usage, match="released names"):
+        make_plan(survey_of("flash"), ConvertOptions(target=target, namespace=Namespace.TRANSFORMERS))
+
+
+@pytest.mark.parametrize("target", [Target.NVFP4, Target.MXFP4_CT])
+def test_fp8_experts_do_not_become_fp4_unasked(target: Target, survey_of: SurveyOf) -> None:
+    with pytest.raises(Usage, match="--allow-lossy"):
+        make_plan(survey_of("flash-base"), ConvertOptions(target=target))
 
 
 # ---- conservation: a plan that someone broke by hand is caught

@@ -19,7 +19,7 @@ import pytest
 import tiny
 from tiny import Tensor
 
-from dsv4ckpt import plan, source, survey
+from dsv4ckpt import plan, source, steps, survey
 from dsv4ckpt.errors import (
     EXIT_BAD_INPUT,
     BadIndex,
@@ -306,8 +306,8 @@ def test_missing_scale_that_the_user_declared_to_be_1_is_accepted(whole: Checkpo
     made = plan.make_plan(
         survey.survey(changed, unit_scales=excused), plan.ConvertOptions(unit_scales=excused)
     )
-    steps = [step for file in made.files for tensor in file.tensors for step in tensor.steps]
-    assert [step.name for step in steps if step.op is plan.Op.FP8 and step.scale is None] == [
+    planned = [step for file in made.files for tensor in file.tensors for step in tensor.steps]
+    assert [step.name for step in planned if step.op is steps.Op.DECODE and step.scale is None] == [
         "mtp.0.e_proj.weight"
     ]
 
@@ -355,7 +355,7 @@ def test_plan_uses_every_input_byte_once_or_names_it_as_dropped(whole: Checkpoin
         for step in (step for file in made.files for tensor in file.tensors for step in tensor.steps):
             used[step.source] = used.get(step.source, 0) + step.rows * step.row_bytes
             if step.scale:
-                block_rows = -(-step.rows // step.block.rows)
+                block_rows = -(-step.rows // step.quant.block.rows)
                 used[step.scale] = used.get(step.scale, 0) + block_rows * step.scale_row_bytes
         sizes = {name: place.entry.end - place.entry.begin for name, place in whole.tensors.items()}
         assert used == sizes

@@ -17,18 +17,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from dsv4cli import main as cli
 from safetensors.torch import load_file, save_file
 
 from dsv4ckpt import compare, decode_plain, formats, run, sample, source, survey, verify
 from dsv4ckpt.compare import Verdict, verify_values
 from dsv4ckpt.decode_plain import Rows
 from dsv4ckpt.errors import BadManifest, Interrupted, MissingFile, UnsafePath, Usage
-from dsv4ckpt.formats import FP8_TILE_F32, MANIFEST_NAME, Block, Quant
+from dsv4ckpt.formats import CT_FP4, FP8_TILE_F32, INDEX_NAME, MANIFEST_NAME, NVFP4_EXPERT, Block, Quant
 from dsv4ckpt.names import Namespace
 from dsv4ckpt.release import RELEASES
 from dsv4ckpt.survey import Survey
-from dsv4ckpt.verify import verify_bytes, verify_structure
+from dsv4ckpt.verify import FileState, compare_files, verify_bytes, verify_structure
 
 Sample = Callable[[str], Path]
 Convert = Callable[..., run.Summary]
@@ -228,6 +230,80 @@ def test_every_product_is_exact_before_rounding() -> None:
                 exact = code is not None and code * Fraction(2) ** (scale - 127)
                 assert np.isnan(got) if code is None else Fraction(got) == exact
         assert np.isnan(found[255]).all()
+
+
+def test_u8_scales_mean_what_e8m0_scales_mean() -> None:
+    rows = Rows(256, "U8", bytearray(range(16)) * 256, CT_FP4, bytearray(range(256)))
+    expected = [
+        expected_bf16(e2m1(code), code >= 8, e8m0(scale))
+        for scale in range(256)
+        for byte in range(16)
+        for code in (byte & 15, byte >> 4)
+    ]
+    require_equal(decode_plain.decode(rows), expected)
+
+
+def test_f32_scales_that_are_powers_of_two_give_the_rounded_product() -> None:
+    quant = Quant("F8_E4M3", 1, "F32", Block(1, 256))
+    for exponent in range(1, 255):  # row by row: each alone decides whether bfloat16 holds all its products
+        scale = bytearray(struct.pack("<I", exponent << 23))
+        expected = [expected_bf16(e4m3(code), code >= 128, e8m0(exponent)) for code in range(256)]
+        require_equal(
+            decode_plain.decode(Rows(1, "F8_E4M3", bytearray(range(256)), quant, scale)), list(expected)
+        )
+
+
+def nvfp4_rows(scale_2: float) -> Rows:
+    """A row for each E4M3 scale, with every nibble in it."""
+    codes = bytearray((code + 1) << 4 | code for code in range(0, 16, 2))
+    return Rows(256, "U8", codes * 256, NVFP4_EXPERT, bytearray(range(256)), scale_2=scale_2)
+
+
+SCALES_2 = [
+    *(1.0, 2.0**-8, 2.0**-123, 2.0**-124, 2.0**116, 2.0**117, 2.0**127, 2.0**-149),  # around where bfloat16 is exact
+    *(struct.unpack("<f", struct.pack("<I", word))[0] for word in (0x3C23D70A, 0x3F7FFFFF, 0x00012345, 0x7E7FFFFF)),
+    -0.0078125, 0.0,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scale_2", SCALES_2)
+def test_nvfp4_every_nibble_with_every_scale_is_the_product_of_three_rounded_once(scale_2: float) -> None:
+    expected: list[int | None] = []
+    for byte in range(256):
+        for code in range(16):
+            scale = e4m3(byte)
+            negative = bool(code >= 8) ^ bool(byte >= 128) ^ (scale_2 < 0)
+            value = None if scale is None else abs(e2m1(code) * scale * Fraction(scale_2))
+            expected.append(None if value is None else bf16_of(value) | 0x8000 * negative)
+    require_equal(decode_plain.decode(nvfp4_rows(scale_2)), expected)
+
+
+@pytest.mark.parametrize("scale_2", SCALES_2)
+def test_nvfp4_products_are_exact_before_rounding(scale_2: float) -> None:
+    found = decode_plain.decode_exact(nvfp4_rows(scale_2)).tolist()
+    for byte, row in enumerate(found):
+        for code, got in enumerate(row):
+            scale = e4m3(byte)
+            exact = None if scale is None else e2m1(code) * scale * Fraction(scale_2)
+            assert np.isnan(got) if exact is None else Fraction(got) == exact
+
+
+@pytest.mark.parametrize("scale_2", [float("nan"), float("inf")])
+def test_nvfp4_under_a_scale_that_is_no_number_equals_itself_and_no_finite_one(scale_2: float) -> None:
+    assert decode_plain.compare(nvfp4_rows(scale_2), nvfp4_rows(scale_2)) is None
+    assert decode_plain.compare(nvfp4_rows(scale_2), nvfp4_rows(1.0)) is not None
+
+
+def test_nvfp4_rounds_once_where_float32_lands_midway() -> None:
+    generator = np.random.default_rng(6)
+    scales_2 = generator.integers(0x3B000000, 0x3F800000, 1 << 21, np.uint32).view(np.float32)
+    exact = 1.5 * 1.875 * scales_2.astype(np.float64)  # code 3, scale 0x3F
+    near = exact.astype(np.float32)
+    chosen = scales_2[(near.view(np.uint32) & 0xFFFF == 0x8000) & (near != exact)]
+    assert len(chosen) > 10
+    for scale_2 in chosen.tolist():
+        rows = Rows(1, "U8", bytearray([0x33] * 8), NVFP4_EXPERT, bytearray([0x3F]), scale_2=scale_2)
+        require_equal(decode_plain.decode(rows), [bf16_of(Fraction(45, 16) * Fraction(scale_2))] * 16)
 
 
 def test_blocks_cut_off_by_both_edges_and_rows_from_within_a_block_find_their_scales() -> None:
@@ -864,3 +940,151 @@ def test_f32_tiles_of_a_whole_tensor_equal_a_float64_decode(sample_of: Sample) -
         bf16_of(Fraction(value)) | 0x8000 * (value == 0 and bool(np.signbit(value))) for value in exact.flat
     ]
     require_equal(decode_plain.decode(rows), list(expected))
+
+
+# ---- files of two checkpoints
+
+
+def files_of(a: Path, b: Path, **options: Any) -> verify.FilesReport:
+    left, right = surveyed(a), surveyed(b)
+    report = verify_values(left, right)
+    assert report.ok or options.pop("tensors_differ", False)
+    return compare_files(left.checkpoint, right.checkpoint, report.proven)
+
+
+def not_identical(report: verify.FilesReport) -> dict[str, FileState]:
+    return {pair.name: pair.state for pair in report.pairs if pair.state is not FileState.IDENTICAL}
+
+
+@pytest.mark.parametrize("namespace", Namespace)
+def test_files_of_a_copy_are_identical_and_no_shard_is_read_again(
+    namespace: Namespace, converted: Converted, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    compare_content = verify._state
+
+    def listen(a: source.Checkpoint, b: source.Checkpoint, name: str, watch: verify.Watch) -> FileState:
+        read.append(name)
+        return compare_content(a, b, name, watch)
+
+    monkeypatch.setattr(verify, "_state", listen)
+    copy = Path(shutil.copytree(converted("flash", namespace), tmp_path / "copy"))
+    report = files_of(converted("flash", namespace), copy)
+    assert report.ok and not not_identical(report)
+    assert {"config.json", INDEX_NAME, "LICENSE", "inference/config.json"} <= set(read)
+    assert not [name for name in read if name.endswith(".safetensors")]
+    assert {pair.name for pair in report.pairs} | {MANIFEST_NAME} == {
+        str(file.relative_to(copy)) for file in copy.rglob("*") if file.is_file()
+    }
+
+
+def test_files_that_no_verdict_covers_are_read(sample_of: Sample, flash: Path) -> None:
+    a, b = source.open_checkpoint(str(sample_of("flash"))), source.open_checkpoint(str(flash))
+    assert not not_identical(compare_files(a, b, {}))
+    file, _, end = place(flash, EXPERT)
+    flip(file, end - 1, 7)
+    report = compare_files(a, source.open_checkpoint(str(flash)), {})
+    assert (report.ok, not_identical(report)) == (False, {file.name: FileState.DIFFERS})
+
+
+def test_files_of_several_pieces_are_compared_to_their_end(
+    sample_of: Sample, flash: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "_HASH_BYTES", 1000)
+    a, b = source.open_checkpoint(str(sample_of("flash"))), source.open_checkpoint(str(flash))
+    assert compare_files(a, b, {}).ok
+    for offset in (0, 999, 1000, (flash / "config.json").stat().st_size - 1):
+        flip(flash / "config.json", offset, 0)
+        assert not_identical(compare_files(a, b, {})) == {"config.json": FileState.DIFFERS}
+        flip(flash / "config.json", offset, 0)
+
+
+def test_files_with_a_flipped_bit_differ(sample_of: Sample, flash: Path) -> None:
+    file, begin, _ = place(flash, EXPERT)
+    flip(file, begin, 0)
+    report = files_of(sample_of("flash"), flash, tensors_differ=True)
+    assert (report.ok, not_identical(report)) == (False, {file.name: FileState.DIFFERS})
+
+
+def test_files_with_tensors_in_another_order_are_told_and_no_failure(sample_of: Sample, flash: Path) -> None:
+    file = place(flash, DENSE)[0]
+    shard = tiny.read_shard(file)
+    tiny.write_shard(file, dict(reversed(shard.items())))
+    report = files_of(sample_of("flash"), flash)
+    assert (report.ok, not_identical(report)) == (True, {file.name: FileState.OTHER_LAYOUT})
+
+
+def test_files_split_otherwise_are_told_with_their_index_and_no_failure(
+    sample_of: Sample, flash: Path
+) -> None:
+    file = place(flash, DENSE)[0]
+    tiny.write_shard(flash / "more.safetensors", {DENSE: tiny.read_shard(file)[DENSE]})
+    tiny.edit_shard(file, lambda shard: shard.pop(DENSE))
+    tiny.edit_weight_map(flash, lambda weight_map: weight_map.update({DENSE: "more.safetensors"}))
+    for a, b, alone in (
+        (sample_of("flash"), flash, FileState.ONLY_B),
+        (flash, sample_of("flash"), FileState.ONLY_A),
+    ):
+        report = files_of(a, b)
+        others = {
+            file.name: FileState.OTHER_LAYOUT,
+            INDEX_NAME: FileState.OTHER_LAYOUT,
+            "more.safetensors": alone,
+        }
+        assert (report.ok, not_identical(report)) == (True, others)
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX_NAME, "LICENSE", "inference/config.json"])
+def test_files_of_other_content_differ_even_if_they_mean_the_same(
+    name: str, sample_of: Sample, flash: Path
+) -> None:
+    overwrite(flash / name, (flash / name).stat().st_size, b"\n")
+    report = files_of(sample_of("flash"), flash)
+    assert (report.ok, not_identical(report)) == (False, {name: FileState.DIFFERS})
+
+
+def test_small_files_of_one_side_are_told_and_no_failure(sample_of: Sample, flash: Path) -> None:
+    (flash / "LICENSE").unlink()
+    (flash / "hf_quant_config.json").write_text("{}")
+    (flash / "modeling.py").write_text("")  # what no conversion carries is not looked at
+    (flash / formats.SIDECAR_NAME).write_text("")
+    report = files_of(sample_of("flash"), flash)
+    assert report.ok
+    assert not_identical(report) == {"LICENSE": FileState.ONLY_A, "hf_quant_config.json": FileState.ONLY_B}
+    counts = report.document()["counts"]
+    assert counts["small"]["only in A"] == counts["small"]["only in B"] == 1
+    assert json.loads(json.dumps(report.document()))["not_identical"][0]["state"] == "only in A"
+
+
+def test_a_stop_flag_ends_the_comparison_of_files(sample_of: Sample) -> None:
+    checkpoint, stop = source.open_checkpoint(str(sample_of("flash"))), run.StopFlag()
+    stop.signal_number = 2
+    with pytest.raises(Interrupted):
+        compare_files(checkpoint, checkpoint, {}, stop=stop)
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    code = cli.dsv4.main([str(item) for item in arguments], standalone_mode=False)
+    return code, capsys.readouterr().out
+
+
+def test_level_bytes_tells_of_files_and_exits_1_for_a_config_alone(
+    sample_of: Sample, flash: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("verify", sample_of("flash"), flash, "--level", "bytes")
+    num_small = len([item for item in source.open_checkpoint(str(flash)).small_files() if not item.left])
+    code, words = shown(capsys, *arguments)
+    assert code == 0
+    small = f"{num_small} of {num_small} small files identical"
+    assert f"7 of 7 shards identical, config.json identical, index identical, {small}" in words
+    overwrite(flash / "config.json", (flash / "config.json").stat().st_size, b"\n")
+    code, words = shown(capsys, *arguments)
+    assert code == 1 and "differs: config.json" in words and "7 of 7 shards" in words
+    code, words = shown(capsys, *arguments, "--json")
+    document = json.loads(words)
+    assert code == 1 and document["values"]["ok"] and not document["ok"] and not document["files"]["ok"]
+    assert document["files"]["counts"]["shard"] == {"identical": 7}
+    for part in (["--subset", "1/9"], ["--tensor", DENSE]):
+        code, words = shown(capsys, *arguments, *part)
+        assert code == 0 and "files     not compared" in words
+    assert shown(capsys, *arguments[:3])[0] == 0, "values alone make no claim about files"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -24,7 +25,9 @@ FLAGS = {
         "--to", "--names", "--layers", "--mtp", "--max-shard-size", "--workers", "--dry-run", "--allow-nan",
         "--unit-scale", "--follow-symlinks",
     },
-    "verify": {"--level", "--subset", "--tensor", "--unit-scale", "--workers", "--follow-symlinks"},
+    "verify": {
+        "--level", "--against-hub-oids", "--subset", "--tensor", "--unit-scale", "--workers", "--follow-symlinks",
+    },
 }  # fmt: skip
 
 
@@ -68,6 +71,11 @@ def test_help_inspect_and_dry_run_import_no_torch(tmp_path: Path) -> None:
     )
     src = str(tmp_path / "src")
     assert CliRunner().invoke(cli.dsv4, ["sample", src, "-q"]).exit_code == 0
+    ids = tmp_path / "oids.txt"
+    files = sorted(Path(src).glob("*.safetensors"))
+    ids.write_text(
+        "".join(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files)
+    )
     for arguments in (
         ["--help"],
         ["convert", "--help"],
@@ -75,6 +83,7 @@ def test_help_inspect_and_dry_run_import_no_torch(tmp_path: Path) -> None:
         ["inspect", src, "--json"],
         ["convert", src, str(tmp_path / "out"), "--to", "bf16", "--dry-run"],
         ["verify", src, "--level", "structure"],
+        ["verify", src, "--against-hub-oids", str(ids)],
     ):
         done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
         assert done.returncode == 0, (arguments, done.stdout, done.stderr)
