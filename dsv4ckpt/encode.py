@@ -141,7 +141,7 @@ def _fp8_codes() -> Tensor:
 
 @functools.cache
 def _grid_tops() -> Tensor:
-    """uint8 [65536]: for a pattern + 32768 one more than the largest scale byte with the value on its FP4_GRID.
+    """uint8 [32768]: for a magnitude's pattern one more than the largest scale byte with the value on its FP4_GRID.
 
     1 x 2**e and 3 x 2**e are on the grid up to the scale 2**(e+1). Zero is on every grid, what has more than
     two significant bits on none: 0.
@@ -151,7 +151,7 @@ def _grid_tops() -> Tensor:
     tops = (extended >> _MANTISSA) - odd + 1
     tops = torch.where(extended & 0x3F == 0, tops.clamp(-1, _E8M0_MAX), -1)
     tops[0] = _E8M0_MAX
-    return torch.cat([tops, tops]).add_(1).to(torch.uint8)
+    return (tops + 1).to(torch.uint8)
 
 
 def _look_up(table: Tensor, values_RC: Tensor, scale_rc: Tensor, block: Block, out_RC: Tensor) -> None:
@@ -219,19 +219,17 @@ def fp4_grid_scale(values_RC: Tensor, block: Block) -> Tensor:
     returns    uint8 [r, c], E8M0: 1 where all values are zero, as DeepSeek's quantizer has it; 255 (NaN) where there
                is no such scale among 2**-127..2**127
     """
-    amax_rc = _block_amax(values_RC, block)
-    top_rc = _over_blocks(torch.amin, _look_up_tops(values_RC), block) - 1
+    index = (_patterns(values_RC) & 0x7FFF).to(torch.int32)
+    amax_rc = _over_blocks(torch.amax, index, block)
+    tops_RC = torch.index_select(_grid_tops(), 0, index.view(-1)).view(index.shape)
+    del (
+        index
+    )  # the next line takes as much: together they would go back to the system, page by page, every time
+    scale_rc = _over_blocks(torch.amin, tops_RC, block) - 1
     # 4 and 6 are the largest of the grid: the scale is at least 2**-2 of the largest value's power of two.
-    bottom_rc = ((_extended(amax_rc) >> _MANTISSA) - 2).clamp_(min=0)
-    scale_rc = top_rc.to(torch.uint8)
-    scale_rc[top_rc < bottom_rc] = E8M0_NAN
-    scale_rc[amax_rc == 0] = _FP4_LOWEST
-    return scale_rc
-
-
-def _look_up_tops(values_RC: Tensor) -> Tensor:
-    index = _patterns(values_RC).to(torch.int32).add_(1 << 15)
-    return torch.index_select(_grid_tops(), 0, index.view(-1)).view(values_RC.shape)
+    lowest_rc = ((_extended(amax_rc) >> _MANTISSA) - 2).clamp_(min=0)
+    scale_rc.masked_fill_(scale_rc < lowest_rc, E8M0_NAN).masked_fill_(amax_rc == 0, _FP4_LOWEST)
+    return scale_rc.to(torch.uint8)
 
 
 # How far above the true scale the largest one lies that has this code on its grid: 0.5 and 1.5 pin it; see _grid_tops.

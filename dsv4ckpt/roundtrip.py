@@ -321,7 +321,7 @@ class Loss:
 
     name: str
     num_blocks: int = 0
-    num_same_blocks: int = 0  # held exactly; where the original is known: its codes and scale again
+    num_same_blocks: int = 0  # held exactly; where the original is known: with its values again
     num_inexact: int = 0  # values
     error: float = 0.0  # sum of squares of what the codes miss
     energy: float = 0.0  # and of the values
@@ -382,7 +382,7 @@ def measure(
     """
     found = decoded_rows(codes, scales, quant).values
     same = (found == values) | (found.isnan() & values.isnan())
-    compared = same if original is None else found.view(torch.int16) == original.view(torch.int16)
+    compared = same if original is None else found == original  # a zero may have changed its sign
     loss.num_blocks += formats.num_elements(
         formats.scale_shape((values.shape[0], values.shape[1]), quant.block)
     )

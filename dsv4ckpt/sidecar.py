@@ -97,7 +97,7 @@ class PartWriter:
 
     def finish(self) -> str:
         """Write table, hashes and footer; the SHA-256 of the part."""
-        table = zlib.compress(strictjson.compact(self._table), 6)
+        table = zlib.compress(strictjson.compact([hashlib.sha256(self._hashes).hexdigest(), *self._table]), 6)
         self._write(table)
         self._write(self._hashes)
         self._write(_FOOTER.pack(self._blob_bytes, len(table), len(self._hashes)))
@@ -140,14 +140,11 @@ class Remembered(NamedTuple):
 
 def fixed_sections(source: Remembered) -> list[Section]:
     """The sections that do not depend on the tensors' bytes."""
-    found = [Section(CONFIG_NAME, len(source.config), source.config)]
+    named = [(CONFIG_NAME, source.config), *((f"header.{name}", header) for name, header in source.headers)]
     if source.weight_map is not None:
-        packed = zlib.compress(source.weight_map, 6)
-        found.append(Section(INDEX_NAME, len(packed), packed))
-    for name, header in source.headers:
-        packed = zlib.compress(header, 6)
-        found.append(Section(f"header.{name}", len(packed), packed))
-    return found
+        named.append((INDEX_NAME, source.weight_map))
+    packed = [(name, zlib.compress(data, 6)) for name, data in named]
+    return [Section(name, len(data), data) for name, data in packed]
 
 
 def container_header(source: Remembered, sections: list[Section]) -> bytes:
@@ -196,7 +193,7 @@ class Sidecar:
                 metadata.get("release", ""),
                 metadata.get("storage", ""),
                 tuple(self._headers(fd)),
-                self._bytes(fd, CONFIG_NAME, formats.MAX_CONFIG_BYTES),
+                self._unpacked(fd, CONFIG_NAME, formats.MAX_CONFIG_BYTES),
                 self._unpacked(fd, INDEX_NAME, formats.MAX_INDEX_BYTES)
                 if INDEX_NAME in self.header.entries
                 else None,
@@ -236,7 +233,7 @@ class Sidecar:
             if not re.fullmatch("[0-9]{1,6}", number):
                 _refuse(f"it has an unknown section {section[:80]!r}")
             part = int(number)
-            rows = _parsed(self._unpacked(fd, section, _MAX_TABLE_BYTES), section)
+            sha256, *rows = _parsed(self._unpacked(fd, section, _MAX_TABLE_BYTES), section)
             hash_at = blob_at = 0
             for row in rows:
                 name, scales_are, num_pieces, sizes, codes = _row(row, section)
@@ -250,6 +247,9 @@ class Sidecar:
                     blob_at += size
                 yield name, _Where(part, scales_are, hash_at, num_pieces, tuple(blobs), verbatim)
                 hash_at += num_pieces * _HASH_BYTES * (3 if scales_are else 1)
+            hashes = self._bytes(fd, f"hashes.{number}", _MAX_TABLE_BYTES)
+            if hashlib.sha256(hashes).hexdigest() != sha256:
+                _refuse(f"its section 'hashes.{number}' is damaged")
             for what, expected in (("hashes", hash_at), ("blobs", blob_at)):
                 entry = self.header.entries.get(f"{what}.{number}")
                 if entry is None or entry.end - entry.begin != expected:
@@ -322,7 +322,7 @@ def _parsed(data: bytes, section: str) -> list[Any]:
         rows = strictjson.loads(data, floats=False)
     except strictjson.Malformed as error:
         _refuse(f"its section {section!r} is malformed: {error}")
-    if not isinstance(rows, list):
+    if not isinstance(rows, list) or not rows:
         _refuse(f"its section {section!r} is no list")
     return rows
 
