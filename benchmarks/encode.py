@@ -73,7 +73,7 @@ def main() -> None:
     scale32 = encode.fp8_fresh_scale_f32(new, FP8)
     codes4, codes8 = encode.encode_fp4(new, scale4, FP4), encode.encode_fp8(new, scale8, FP8)
     old4, old8 = codec.decode_fp4(codes4, scale4, FP4).values, codec.decode_fp8(codes8, scale8, FP8).values
-    out = torch.empty_like(new)
+    out, spare4, spare8 = torch.empty_like(new), torch.empty_like(codes4), torch.empty_like(codes8)
     size = 2 * ROWS * COLS
     rows: list[tuple[str, Callable[[], object]]] = [
         ("memcpy", lambda: out.copy_(new)),
@@ -81,15 +81,24 @@ def main() -> None:
         ("FP4 encode, scales given", lambda: encode.encode_fp4(old4, scale4, FP4, codes4)),
         ("FP4 grid scale", lambda: encode.fp4_grid_scale(old4, FP4)),
         ("FP4 grid scale of codes", lambda: encode.fp4_grid_scale_of_codes(codes4, scale4, FP4)),
-        ("FP4 grid scale + encode", lambda: encode.encode_fp4(old4, encode.fp4_grid_scale(old4, FP4), FP4)),
-        ("FP4 fresh scale + encode", lambda: encode.encode_fp4(new, encode.fp4_fresh_scale(new, FP4), FP4)),
+        (
+            "FP4 grid scale + encode",
+            lambda: encode.encode_fp4(old4, encode.fp4_grid_scale(old4, FP4), FP4, codes4),
+        ),
+        (
+            "FP4 fresh scale + encode",
+            lambda: encode.encode_fp4(new, encode.fp4_fresh_scale(new, FP4), FP4, spare4),
+        ),
         ("FP4 kept scale, all fit", lambda: encode.kept_scale_fp4(new, scale4, FP4)),
         ("FP4 kept scale, none fits", lambda: encode.kept_scale_fp4(new, scale4 + 3, FP4)),
         ("FP4 naive", lambda: naive_fp4(new)),
         ("FP4 compressed-tensors", lambda: peer_fp4(new)),
         ("FP8 decode, E8M0 scales", lambda: codec.decode_fp8(codes8, scale8, FP8, out)),
         ("FP8 encode, E8M0 given", lambda: encode.encode_fp8(old8, scale8, FP8, codes8)),
-        ("FP8 fresh scale + encode", lambda: encode.encode_fp8(new, encode.fp8_fresh_scale(new, FP8), FP8)),
+        (
+            "FP8 fresh scale + encode",
+            lambda: encode.encode_fp8(new, encode.fp8_fresh_scale(new, FP8), FP8, spare8),
+        ),
         ("FP8 kept scale, none fits", lambda: encode.kept_scale_fp8(new, scale8 + 3, FP8)),
         ("FP8 decode, F32 scales", lambda: codec.decode_fp8(codes8, scale32, FP8, out)),
         ("FP8 encode, F32 given", lambda: encode.encode_fp8(old8, scale32, FP8, codes8)),

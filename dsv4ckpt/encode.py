@@ -1,10 +1,13 @@
 """bfloat16 -> codes and scales.  Owns the arithmetic; knows no names, files or releases.
 
-Encoding with an E8M0 scale is a table lookup on the bfloat16 pattern: a table holds the code of every (scale byte,
-pattern) pair, so that rounding (to nearest, ties to even), saturation, subnormals and the sign of zeros are right by
-construction, whatever the processor's flush-to-zero mode.  Scales come from integer arithmetic on patterns.
-Every function takes finite values; its caller has refused NaN and infinity.
-Source: DeepSeek-V4 kernel.py (fresh scales, rounding of codes), OCP MX v1.0 sec. 5.3-5.4 (E2M1, E8M0), OCP FP8 (E4M3).
+Encoding with an E8M0 scale is a table lookup on the bfloat16 pattern: a table (16 MB a format) holds the code
+of every (scale byte, pattern) pair, so that rounding (to nearest, ties to even), saturation, subnormals and
+the sign of zeros are right by construction, whatever the processor's flush-to-zero mode.  Scales come from
+integer arithmetic on patterns.  Every function takes finite values; its caller has refused NaN and infinity.
+A value close to 2**128 may round up to a code that decodes to infinity, as it does at DeepSeek: under a fresh
+scale from 1.75 * 2**127 on in FP4, from 1.9375 * 2**127 on in FP8.
+Source: DeepSeek-V4 kernel.py (fresh scales, rounding of codes), OCP MX v1.0 sec. 5.3-5.4 (E2M1, E8M0),
+OCP FP8 (E4M3).
 """
 
 #  R rows, C columns of the logical weight;  r, c = number of blocks along them;  P = packed columns (C / 2)
@@ -30,12 +33,11 @@ _FP4_LOWEST = 1  # scale byte of FP4_AMAX_FLOOR: ceil(log2(6 * 2**-126 / 6)) + 1
 _FP8_LOWEST = 105  # of FP8_AMAX_FLOOR: ceil(log2(1e-4 / 448)) + 127
 _E8M0_MAX = 254
 _NEVER = 1 << 20  # beyond every exponent
-# A subnormal bfloat16 over a scale of at least 2**-116 is at most half of the smallest code: it rounds to zero.
+# A subnormal bfloat16 over a scale of at least 2**-116 is below half of the smallest code: it rounds to zero.
 _FLUSH_IS_HARMLESS = 2.0**-116
 
-_Again = Callable[
-    [Tensor, Tensor, Block], Tensor
-]  # values and scales -> what encoding and decoding makes of them
+# values and scales -> what encoding and decoding makes of the values
+_Again = Callable[[Tensor, Tensor, Block], Tensor]
 
 
 # ---- blocks
@@ -48,7 +50,7 @@ def _spans(length: int, size: int) -> list[tuple[int, int, int]]:
 
 
 def _tiles(matrix_RC: Tensor, grid_rc: Tensor, block: Block) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of a matrix as blocks [n, h, m, w], each with its part [n, m] of the grid; up to four, for the edges."""
+    """Views of a matrix as blocks [n, h, m, w], and their part [n, m] of the grid; up to 4, for the edges."""
     rows, cols = matrix_RC.shape
     for row, n, h in _spans(rows, block.rows):
         for col, m, w in _spans(cols, block.cols):
@@ -81,9 +83,9 @@ def _block_amax(values_RC: Tensor, block: Block) -> Tensor:
 
 @functools.cache
 def _extended_patterns() -> Tensor:
-    """int32 [32768]: (exponent + 127) << 7 | mantissa of every magnitude, subnormals with exponents below -126.
+    """int32 [32768]: (exponent + 127) << 7 | mantissa of every magnitude, subnormals too.
 
-    Finite patterns of normal numbers are their own; zero is -_NEVER.
+    The pattern of a normal number is its own; a subnormal has an exponent below -126; zero is -_NEVER.
     """
     pattern = torch.arange(1 << 15, dtype=torch.int32)
     subnormal = torch.arange(1, 1 << _MANTISSA)  # units of 2**-133
@@ -115,7 +117,7 @@ def _code_table(grid: Tensor, sign: int) -> Tensor:
     lowest, highest = (
         -12,
         10,
-    )  # exponents: what is below rounds to zero, what is above saturates in both formats
+    )  # exponents; in both formats what is below rounds to zero, what is above saturates
     first = lowest << _MANTISSA
     steps = torch.arange(first, highest << _MANTISSA)
     mantissa = (steps & 0x7F).to(torch.float64) / (1 << _MANTISSA)
@@ -136,12 +138,12 @@ def _fp4_codes() -> Tensor:
 
 @functools.cache
 def _fp8_codes() -> Tensor:
-    return _code_table(_e4m3_values()[:0x7F], 0x80)
+    return _code_table(_e4m3_values()[:0x7F], 1 << 7)
 
 
 @functools.cache
 def _grid_tops() -> Tensor:
-    """uint8 [32768]: for a magnitude's pattern one more than the largest scale byte with the value on its FP4_GRID.
+    """uint8 [32768]: for a magnitude's pattern one more than the largest scale byte that has it on its grid.
 
     1 x 2**e and 3 x 2**e are on the grid up to the scale 2**(e+1). Zero is on every grid, what has more than
     two significant bits on none: 0.
@@ -216,15 +218,15 @@ def fp4_grid_scale(values_RC: Tensor, block: Block) -> Tensor:
     That is the scale the values were made with whenever one of them is 0.5 or 1.5 times it.
 
     values_RC  bfloat16 [R, C], finite
-    returns    uint8 [r, c], E8M0: 1 where all values are zero, as DeepSeek's quantizer has it; 255 (NaN) where there
-               is no such scale among 2**-127..2**127
+    returns    uint8 [r, c], E8M0: 1 where all values are zero, as DeepSeek's quantizer has it; 255 (NaN)
+               where there is no such scale among 2**-127..2**127
     """
     index = (_patterns(values_RC) & 0x7FFF).to(torch.int32)
     amax_rc = _over_blocks(torch.amax, index, block)
     tops_RC = torch.index_select(_grid_tops(), 0, index.view(-1)).view(index.shape)
     del (
         index
-    )  # the next line takes as much: together they would go back to the system, page by page, every time
+    )  # the next line takes as much; both together would be unmapped and faulted in again at every call
     scale_rc = _over_blocks(torch.amin, tops_RC, block) - 1
     # 4 and 6 are the largest of the grid: the scale is at least 2**-2 of the largest value's power of two.
     lowest_rc = ((_extended(amax_rc) >> _MANTISSA) - 2).clamp_(min=0)
@@ -232,7 +234,7 @@ def fp4_grid_scale(values_RC: Tensor, block: Block) -> Tensor:
     return scale_rc.to(torch.uint8)
 
 
-# How far above the true scale the largest one lies that has this code on its grid: 0.5 and 1.5 pin it; see _grid_tops.
+# By code: how far above the true scale the largest one with the value on its grid lies. 0.5 and 1.5 pin it.
 _CODE_SLACK = (_NEVER, 0, 1, 0, 2, 1, 3, 2)
 
 
@@ -280,8 +282,8 @@ def encode_fp4(values_RC: Tensor, scale_rc: Tensor, block: Block, out: Tensor | 
     scale_rc   uint8 [R, c], E8M0, 0..254
     block      1 x n
     out        where to put the codes, uint8 [R, C/2], contiguous; None: a new tensor
-    returns    uint8 [R, C/2]; the low nibble is the even column. The exact quotient rounded once to nearest, ties to
-               even, at most 6; a zero, and what rounds to it, keeps its sign
+    returns    uint8 [R, C/2]; the low nibble is the even column. The exact quotient rounded once to nearest,
+               ties to even, at most 6; a zero, and what rounds to it, keeps its sign
     """
     codes = torch.empty(values_RC.shape, dtype=torch.uint8)
     _look_up(_fp4_codes(), values_RC, scale_rc, block, codes)
@@ -296,10 +298,11 @@ def encode_fp8(values_RC: Tensor, scale_rc: Tensor, block: Block, out: Tensor | 
     values_RC  bfloat16 [R, C], finite, contiguous
     scale_rc   uint8 [r, c] E8M0, 0..254, or float32 [r, c], finite and not zero
     out        where to put the codes, uint8 [R, C], contiguous; None: a new tensor
-    returns    uint8 [R, C], E4M3FN; at most 448, zeros keep the quotient's sign. E8M0: the exact quotient rounded once
-               to nearest, ties to even. float32: the float32 quotient rounded again, as DeepSeek's quantizer does.
-               Gives decode_fp8's codes back for every float32 scale with
-               31 * 2**-129 <= |scale| < 73 * 2**113: smaller ones merge codes, larger ones make 448 infinite
+    returns    uint8 [R, C], E4M3FN; at most 448, zeros keep the quotient's sign. E8M0: the exact quotient
+               rounded once to nearest, ties to even. float32: the float32 quotient rounded again, as
+               DeepSeek's quantizer does. Gives decode_fp8's codes back for every float32 scale with
+               31 * 2**-129 <= |scale| < 73 * 2**113: smaller ones merge codes, larger ones make 448 infinite;
+               and for E8M0 bytes 3..246
     """
     codes = torch.empty(values_RC.shape, dtype=torch.uint8) if out is None else out
     if scale_rc.dtype != torch.float32:
@@ -311,10 +314,10 @@ def encode_fp8(values_RC: Tensor, scale_rc: Tensor, block: Block, out: Tensor | 
 
 
 def _quotients(values_RC: Tensor, scale_rc: Tensor, block: Block) -> Tensor:
-    """float32 [R, C]: values over float32 scales, to nearest; what is below 2**-10 may be zero, of the same sign."""
+    """float32 [R, C]: values over float32 scales, to nearest; what is below 2**-10 may be a zero."""
     if not scale_rc.numel() or scale_rc.abs().min() >= _FLUSH_IS_HARMLESS:
         quotients = values_RC.to(torch.float32)
-    else:  # float64 holds more than 2 * 24 + 2 bits, so rounding its quotient to float32 is no second rounding
+    else:  # float64 holds over 2 * 24 + 2 bits, so rounding its quotient to float32 is no second rounding
         quotients = _float64(_patterns(values_RC).to(torch.int32) << 16)
         scale_rc = _float64(scale_rc.view(torch.int32))
     for tiles, scale in _tiles(quotients, scale_rc, block):
@@ -326,10 +329,10 @@ def _quotients(values_RC: Tensor, scale_rc: Tensor, block: Block) -> Tensor:
 
 
 def kept_scale_fp4(values_RC: Tensor, source_scale_rc: Tensor, block: Block) -> Tensor:
-    """The source's scale where the block still fits it, else the best of itself, its half, its double and a fresh one.
+    """The source's scale where the block still fits it, else the best of it, half, double and a fresh one.
 
-    A block fits while amax / scale is in (1.5, 6], or if it is all zero. Best: least squared error; among equals the
-    least change, then the smaller scale.
+    A block fits while amax / scale is in (1.5, 6], or if it is all zero. Best: least squared error; among
+    equals the least change, then the smaller scale.
 
     values_RC        bfloat16 [R, C], finite, contiguous
     source_scale_rc  uint8 [R, c], E8M0, 0..254
@@ -337,17 +340,16 @@ def kept_scale_fp4(values_RC: Tensor, source_scale_rc: Tensor, block: Block) -> 
     """
     amax_rc = _block_amax(values_RC, block)
     fits_rc = _fits(amax_rc, source_scale_rc, _FP4_TOP)
-    return _kept(
-        values_RC, source_scale_rc, _fresh(amax_rc, _FP4_TOP, _FP4_LOWEST), fits_rc, block, _fp4_again
-    )
+    fresh_rc = _fresh(amax_rc, _FP4_TOP, _FP4_LOWEST)
+    return _kept(values_RC, source_scale_rc, fresh_rc, fits_rc, block, _fp4_again)
 
 
 def kept_scale_fp8(values_RC: Tensor, source_scale_rc: Tensor, block: Block) -> Tensor:
     """The same for tiles of E4M3: a tile fits while amax / scale is in (112, 448].
 
     values_RC        bfloat16 [R, C], finite, contiguous
-    source_scale_rc  uint8 [r, c] E8M0, 0..254, or float32 [r, c] in the range where encode_fp8 gives codes back
-    returns          uint8 or float32 [r, c], as the source's; values that the source's scale decodes to keep it
+    source_scale_rc  uint8 [r, c] E8M0, 0..254, or float32 [r, c] in the range that encode_fp8 names
+    returns          the source's dtype [r, c]; values that the source's scale decodes to keep it
     """
     amax_rc = _block_amax(values_RC, block)
     if source_scale_rc.dtype == torch.float32:
@@ -361,7 +363,7 @@ def kept_scale_fp8(values_RC: Tensor, source_scale_rc: Tensor, block: Block) -> 
 
 
 def _fits(amax_rc: Tensor, scale_rc: Tensor, top: int) -> Tensor:
-    """bool [r, c]: amax / scale is in (max / 4, max], or amax is zero. amax and top are patterns, scale_rc uint8."""
+    """bool [r, c]: amax / scale is in (max / 4, max], or amax is 0. amax and top are patterns."""
     below = top - _ONE - _extended(amax_rc) + (scale_rc.to(torch.int32) << _MANTISSA)
     return (below >= 0) & (below < 2 << _MANTISSA) | (amax_rc == 0)
 
@@ -385,7 +387,7 @@ def _chosen(values_RC: Tensor, where_rc: Tensor, block: Block) -> Tensor:
 
 
 def _candidates(source: Tensor, fresh: Tensor) -> Tensor:
-    """[4, b]: the scale itself, its half, its double, a fresh one; no half or double beyond the normal numbers."""
+    """[4, b]: the scale, its half, its double, a fresh one; no half or double beyond the normal numbers."""
     if source.dtype == torch.uint8:
         half, double = source - (source > 0).to(torch.uint8), source + (source < _E8M0_MAX).to(torch.uint8)
         return torch.stack([source, half, double, fresh])
@@ -397,7 +399,7 @@ def _candidates(source: Tensor, fresh: Tensor) -> Tensor:
 
 
 def _best(blocks: Tensor, candidates: Tensor, again: _Again) -> Tensor:
-    """[b]: of every column the candidate of least squared error; among equals the nearest to the first, then the first.
+    """[b]: the candidate of least squared error; among equals the nearest to the first, then the first.
 
     blocks      bfloat16 [b, h, w]
     candidates  [4, b], uint8 or float32

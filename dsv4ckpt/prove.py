@@ -8,12 +8,12 @@ Source: quantization facts 5.4 (FP8 tiles hold a gap of 14) and 5.6 (NVFP4 scale
 from __future__ import annotations
 
 from . import formats, recast
+from .desk import Stop
 from .errors import NotLossless
 from .inputs import Inputs, exponent_of, lost_values, require_finite_scales, tile_scales
 from .plan import Plan
 from .source import Checkpoint, Reader
 from .steps import Op, Step
-from .work import Stop
 
 _ROWS = 4096
 _OTHER = "--to native or --to mxfp4-ct keep them, --to bf16 as well; or accept the loss with --allow-lossy"

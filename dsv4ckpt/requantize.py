@@ -8,12 +8,13 @@ Source: quantization facts 5.5 (grid inference) and 6 (levels 1-4), training fac
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import codec, encode, formats, recast
+from .desk import Desk
 from .errors import BadSidecar, EditedOutput, NotFinite, NotLossless
 from .formats import E8M0_NAN, FP4_EXPERT, FP8_TILE, Quant
 from .inputs import exponent_of, nvfp4_scales, require_finite_scales
@@ -21,9 +22,6 @@ from .plan import ScalePolicy
 from .roundtrip import KnownPiece, bytes_of, decoded_rows, encoded, measure, require_measured
 from .sidecar import piece_rows
 from .steps import Matrix, Step
-
-if TYPE_CHECKING:
-    from .work import Worker
 
 _CHUNK_VALUES = 1024 * 1024
 _NOTHING = KnownPiece(False)
@@ -39,14 +37,14 @@ class Made(NamedTuple):
 class Encoder:
     """The ENCODE steps of one output file."""
 
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
         self._exponents: dict[tuple[Matrix, ...], int] = {}
 
     def encode(self, step: Step, begins: dict[str, int]) -> None:
         """Write codes at the sink's position, and scales where the file wants them; a scale step writes no codes."""
         assert step.target is not None
-        worker, working = self._worker, _working(step.target)
+        desk, working = self._desk, _working(step.target)
         kmax = self.shared_exponent(step) if step.target.per_tensor else 0
         each = piece_rows((step.rows, step.columns), working.block)
         touched, num_blocks = False, 0
@@ -61,43 +59,43 @@ class Encoder:
                 touched = True
                 made = self._quantize(step, first, values, known, working)
             if not step.is_scale:
-                worker.sink.write(bytes_of(made.codes))
-                worker.on_bytes(made.codes.numel())
+                desk.sink.write(bytes_of(made.codes))
+                desk.on_bytes(made.codes.numel())
             if step.scale_out is not None:
                 self._put_scales(step, begins, first, made.scales, kmax)
         if touched and not step.is_scale:
-            worker.notes.losses.of(step.name).add_untouched(num_blocks)
-        if worker.knowledge and not step.is_scale:
-            worker.notes.untouched += not touched
-            worker.notes.changed += touched
+            desk.notes.losses.of(step.name).add_untouched(num_blocks)
+        if desk.knowledge and not step.is_scale:
+            desk.notes.untouched += not touched
+            desk.notes.changed += touched
 
     # -- what comes in
 
     def _values(self, step: Step | Matrix, first: int, rows: int) -> tuple[memoryview, Tensor]:
         """The stored bytes of some rows, and what they mean as bfloat16 [rows, C]. raises NotFinite"""
-        worker = self._worker
-        stored = worker.inputs.codes(step, first, rows)
+        desk = self._desk
+        stored = desk.inputs.codes(step, first, rows)
         if not isinstance(step, Step) or step.quant is None:
             values = stored.view(torch.bfloat16)
         else:
-            scale_2 = worker.inputs.number(step.per_tensor[0]) if step.per_tensor else 1.0
-            scales = worker.inputs.scales(step, first, rows)
-            require_finite_scales(worker.inputs.reader, step, scales, first // step.quant.block.rows, scale_2)
+            scale_2 = desk.inputs.number(step.per_tensor[0]) if step.per_tensor else 1.0
+            scales = desk.inputs.scales(step, first, rows)
+            require_finite_scales(desk.inputs.reader, step, scales, first // step.quant.block.rows, scale_2)
             values = torch.empty((rows, step.columns), dtype=torch.bfloat16)
             height = step.quant.block.rows
             for begin, count in _chunks(rows, step.columns, height):
                 mine = scales[begin // height : formats.ceil_div(begin + count, height)]
                 chunk = slice(begin, begin + count)
                 decoded = decoded_rows(stored[chunk], mine, step.quant, values[chunk], scale_2)
-                worker.notes.not_exact += decoded.num_inexact
+                desk.notes.not_exact += decoded.num_inexact
         return bytes_of(stored), values
 
     def _ask(
         self, step: Step, first: int, raw_bytes: memoryview, values: Tensor, working: Quant
     ) -> KnownPiece:
-        if self._worker.knowledge is None:
+        if self._desk.knowledge is None:
             return _NOTHING
-        return self._worker.knowledge.piece(step.name, first, raw_bytes, values, working)
+        return self._desk.knowledge.piece(step.name, first, raw_bytes, values, working)
 
     # -- untouched
 
@@ -134,9 +132,9 @@ class Encoder:
     # -- changed, or not known
 
     def _quantize(self, step: Step, first: int, values: Tensor, known: KnownPiece, working: Quant) -> Made:
-        worker = self._worker
+        desk = self._desk
         self._require_finite(step, first, values)
-        if worker.rules.is_vouched and worker.knowledge:
+        if desk.rules.is_vouched and desk.knowledge:
             raise EditedOutput(
                 f"{step.name!r} is not what it was when this directory was converted, and its manifest says it is",
                 found=f"other values in the {values.shape[0]} rows from row {first} on",
@@ -153,7 +151,7 @@ class Encoder:
             row, col = (~values.isfinite()).nonzero()[0].tolist()
             raise NotFinite(
                 f"{step.name!r} holds NaN or infinite values: no code can hold them",
-                file=self._worker.inputs.reader.shard_of(step.source),
+                file=self._desk.inputs.reader.shard_of(step.source),
                 found=f"the first at row {first + row}, column {col}",
                 do="a training run that diverged leaves such values; take a checkpoint from before",
             )
@@ -170,7 +168,7 @@ class Encoder:
         return torch.cat(made)
 
     def _scales_of_chunk(self, values: Tensor, source: Tensor | None, working: Quant) -> Tensor:
-        rules = self._worker.rules
+        rules = self._desk.rules
         keep = rules.scale_policy is ScalePolicy.KEEP and source is not None
         if working.codes_per_element == 2:
             if keep and source is not None:
@@ -188,7 +186,7 @@ class Encoder:
     def _measure(
         self, step: Step, values: Tensor, codes: Tensor, scales: Tensor, known: KnownPiece, working: Quant
     ) -> None:
-        loss = self._worker.notes.losses.of(step.name)
+        loss = self._desk.notes.losses.of(step.name)
         height = working.block.rows
         alternative = FP8_TILE if working.codes_per_element == 2 else None
         for begin, count in _chunks(values.shape[0], values.shape[1], height):
@@ -196,7 +194,7 @@ class Encoder:
             mine = scales[begin // height : formats.ceil_div(begin + count, height)]
             original = None if known.values is None else known.values[chunk]
             measure(loss, values[chunk], codes[chunk], mine, working, original, alternative)
-        if not self._worker.rules.allow_lossy:
+        if not self._desk.rules.allow_lossy:
             require_measured(loss)
 
     # -- what goes out
@@ -205,7 +203,7 @@ class Encoder:
         assert step.target is not None and step.scale_out is not None
         if step.target.per_tensor:
             made = nvfp4_scales(step, scales, kmax)
-            if bool(made.lost_rc.any()) and not self._worker.rules.allow_lossy:
+            if bool(made.lost_rc.any()) and not self._desk.rules.allow_lossy:
                 raise NotLossless(
                     f"the blocks of {step.name!r} span more exponents than NVFP4 scales can hold",
                     do="--to native or --to mxfp4-ct keep them; or accept the loss with --allow-lossy",
@@ -218,8 +216,8 @@ class Encoder:
         block_row = step.scale_out_begin + first // _working(step.target).block.rows
         data = bytes_of(stored)
         offset = begins[step.scale_out] + block_row * (len(data) // max(1, stored.shape[0]))
-        self._worker.sink.write_at(offset, data)
-        self._worker.on_bytes(len(data))
+        self._desk.sink.write_at(offset, data)
+        self._desk.on_bytes(len(data))
 
     def shared_exponent(self, step: Step) -> int:
         """The largest exponent of the matrices that share weight_scale_2."""
@@ -234,7 +232,7 @@ class Encoder:
             found = [scales for matrix in step.shared for scales in self._encoded_scales(step, matrix)]
             counting = [scales[scales > 1] for scales in found]  # 1: what all-zero blocks get
             return recast.nvfp4_exponent(counting)
-        return exponent_of(self._worker.inputs, step)
+        return exponent_of(self._desk.inputs, step)
 
     def _encoded_scales(self, step: Step, matrix: Matrix) -> list[Tensor]:
         """The FP4 scales that a matrix of values will get."""

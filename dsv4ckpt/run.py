@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import __version__, contained, formats, outdir, prove, sidecar, strictjson
+from .desk import Desk, Rules
 from .errors import ForeignOutput, Interrupted, NoSpace, SourceChanged, VanishingChange
 from .formats import INDEX_NAME, MANIFEST_NAME, SIDECAR_NAME, Kind
+from .inputs import Inputs
 from .manifest import read_manifest
 from .outdir import OutDir
 from .plan import Plan, space_needed
@@ -27,7 +29,7 @@ from .sink import Receipt
 from .source import Checkpoint
 from .steps import PlannedFile
 from .threads import one_torch_thread
-from .work import Rules, Worker
+from .work import Worker
 
 _LEAST_KEPT = 0.5  # of a change: what keeps less is refused
 
@@ -304,21 +306,22 @@ def _write_shard(file: PlannedFile, number: int, run: _Run) -> Receipt:
         sink.check = run.stop.check
         with sink:
             sink.write(file.header)
-            worker = Worker(
-                reader,
-                sink,
-                run.rules,
-                lambda count: run.on_event(Wrote(count)),
-                run.stop,
+            desk = Desk(
+                inputs=Inputs(reader),
+                sink=sink,
+                rules=run.rules,
+                on_bytes=lambda count: run.on_event(Wrote(count)),
+                stop=run.stop,
                 part=part,
                 knowledge=run.knowledge(stack),
             )
+            worker = Worker(desk)
             for tensor in file.tensors:
                 if tensor.steps:
                     sink.seek(file.begins[tensor.name])
                 for step in tensor.steps:
                     worker.carry_out(step, tensor, file.begins)
-            sink.notes = worker.notes.document()
+            sink.notes = desk.notes.document()
             if part is not None:
                 sink.notes["part_sha256"] = part.finish()
                 stack.close()  # the part must be there before its shard, the source unchanged before either

@@ -1,7 +1,7 @@
 """What turns stored bytes into output bytes: the steps, and which of them makes a tensor.  Opens no data.
 
-A matrix is stored as codes with scales, or as values.  Each way from one form to another is a few steps that do not know
-each other; no pair of formats has code of its own.
+A matrix is stored as codes with scales, or as values.  Each way from one form to another is a few steps that do not
+know each other; no pair of formats has code of its own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Carries out the steps of one output file: read -> decode or recast -> write.  Knows no directories and no plans' making.
+"""Carries out the steps of one output file: read -> decode or recast -> write.  Knows no directories.
 
 Memory is bounded: a step passes in pieces of a few million values and chunks of one million, whatever its size.
 Turning values back into codes is requantize.py.
@@ -7,18 +7,16 @@ Turning values back into codes is requantize.py.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from . import codec, encode, formats, recast
+from .desk import Desk
 from .errors import NotFinite
 from .formats import Quant
 from .inputs import (
-    Inputs,
     Scratch,
     as_stored_scales,
     lost_values,
@@ -26,51 +24,15 @@ from .inputs import (
     require_finite_scales,
     tile_scales,
 )
-from .plan import ScalePolicy
 from .requantize import Encoder
-from .roundtrip import Knowledge, Losses, Recorder, bytes_of, carries_codes, decoded_rows, ruled_scales
-from .sidecar import PartWriter, piece_rows
-from .sink import FileSink
-from .source import Reader
+from .roundtrip import Recorder, bytes_of, carries_codes, decoded_rows, ruled_scales
+from .sidecar import piece_rows
 from .steps import Op, PlannedTensor, Step
 
 _CHUNK_VALUES = 1024 * 1024  # decoded at a time: fits the second-level cache together with its index
 _COPY_BYTES = 4 * 1024 * 1024
 _SCALE_ROWS = 4096  # rows of scales taken at a time
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-
-
-class Stop(Protocol):
-    """Looked at once per chunk."""
-
-    def check(self) -> None:
-        """Raise what is to end the work."""
-
-
-@dataclass
-class Notes:
-    """What came of the values of one file."""
-
-    not_exact: int = 0  # values that the output could not hold exactly
-    not_finite: int = 0
-    untouched: int = 0  # tensors that were the original's
-    changed: int = 0
-    losses: Losses = field(default_factory=Losses)
-
-    def document(self) -> dict[str, Any]:
-        counts = {key: value for key, value in self.__dict__.items() if key != "losses"}
-        return {**counts, "losses": self.losses.rows()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """What holds for every step of a run."""
-
-    allow_nan: frozenset[str]
-    allow_lossy: bool
-    scale_policy: ScalePolicy
-    float_scales: bool  # fresh F32 scales are amax / 448, as in Base; else powers of two
-    is_vouched: bool  # a manifest says that the source's values are as they were converted
 
 
 def chunk_rows(row: int, rows: int, row_values: int, block_rows: int, most: int) -> int:
@@ -85,24 +47,9 @@ def chunk_rows(row: int, rows: int, row_values: int, block_rows: int, most: int)
 class Worker:
     """Turns steps into bytes of one output file, and into records of what they were."""
 
-    def __init__(
-        self,
-        reader: Reader,
-        sink: FileSink,
-        rules: Rules,
-        on_bytes: Callable[[int], None],
-        stop: Stop,
-        *,
-        part: PartWriter | None = None,
-        knowledge: Knowledge | None = None,
-    ) -> None:
-        self.inputs, self.sink, self.rules = Inputs(reader), sink, rules
-        self.on_bytes, self.stop = on_bytes, stop
-        self.part, self.knowledge = part, knowledge
-        self.notes = Notes()
-        self._values = Scratch()
-        self._reader = reader
-        self._encoder = Encoder(self)
+    def __init__(self, desk: Desk) -> None:
+        self._desk, self._inputs, self._sink = desk, desk.inputs, desk.sink
+        self._reader, self._values, self._encoder = desk.inputs.reader, Scratch(), Encoder(desk)
 
     def carry_out(self, step: Step, tensor: PlannedTensor, begins: dict[str, int]) -> None:
         """begins: where the file's tensors begin, for what is not made in order."""
@@ -126,12 +73,12 @@ class Worker:
 
     def _write(self, tensor: Tensor) -> None:
         data = bytes_of(tensor)
-        self.sink.write(data)
-        self.on_bytes(len(data))
+        self._sink.write(data)
+        self._desk.on_bytes(len(data))
 
     def _recorder(self, step: Step) -> Recorder | None:
         """Only what holds values is recorded; scales belong to it."""
-        return None if self.part is None or step.is_scale else Recorder(step)
+        return None if self._desk.part is None or step.is_scale else Recorder(step)
 
     def _pieces(self, step: Step) -> Iterator[tuple[int, int]]:
         """(first row, rows) of what is recorded as one."""
@@ -140,14 +87,16 @@ class Worker:
             yield first, min(each, step.rows - first)
 
     def _finish(self, recorder: Recorder | None) -> None:
-        if recorder and self.part:
-            self.part.add(recorder.record)
+        if recorder and self._desk.part:
+            self._desk.part.add(recorder.record)
 
     # -- bytes as they are
 
     def _copy(self, step: Step, tensor: PlannedTensor) -> None:
         recorder = self._recorder(step)
-        digest = hashlib.sha256() if self.knowledge and step.quant is None and not step.is_scale else None
+        digest = (
+            hashlib.sha256() if self._desk.knowledge and step.quant is None and not step.is_scale else None
+        )
         for first, rows in self._pieces(step):
             for data in self._copied(step, tensor, first, rows):
                 if recorder:
@@ -158,17 +107,17 @@ class Worker:
                 scales = (
                     None
                     if step.quant is None or step.scale is None
-                    else self.inputs.scales(step, first, rows)
+                    else self._inputs.scales(step, first, rows)
                 )
                 if recorder.wants_rule and scales is not None and step.quant:
-                    codes = self.inputs.codes(step, first, rows)
+                    codes = self._inputs.codes(step, first, rows)
                     recorder.ruled(encode.fp4_grid_scale_of_codes(codes, scales, step.quant.block))
                 recorder.end_piece(scales)
         self._finish(recorder)
-        if digest and self.knowledge:
-            same = self.knowledge.is_untouched(step.name, digest.digest())
-            self.notes.untouched += same is True
-            self.notes.changed += same is False
+        if digest and self._desk.knowledge:
+            same = self._desk.knowledge.is_untouched(step.name, digest.digest())
+            self._desk.notes.untouched += same is True
+            self._desk.notes.changed += same is False
 
     def _copied(self, step: Step, tensor: PlannedTensor, first: int, rows: int) -> Iterator[memoryview]:
         """Stored bytes are output bytes: read straight into the slab, and shown before they are handed on."""
@@ -177,20 +126,20 @@ class Worker:
         dtype = None if step.quant else _FLOATS.get(tensor.dtype)
         width = formats.DTYPE_BITS[tensor.dtype] // 8 or 1
         while offset < end:
-            self.stop.check()
-            room = self.sink.room()
+            self._desk.stop.check()
+            room = self._sink.room()
             count = min(len(room) // width * width or 1, end - offset, _COPY_BYTES)
             data = room[:count]
             self._reader.read_into(step.source, data, offset)
             if dtype is not None and count % width == 0:
                 values = torch.frombuffer(data, dtype=dtype)
                 at = (offset - step.begin * step.row_bytes) // width
-                self.note_not_finite(
+                self._note_not_finite(
                     step, values, codec.count_not_finite(values), at, step.row_bytes // width
                 )
             yield data
-            self.sink.advance(count)
-            self.on_bytes(count)
+            self._sink.advance(count)
+            self._desk.on_bytes(count)
             offset += count
 
     # -- codes to values
@@ -198,18 +147,18 @@ class Worker:
     def _decode(self, step: Step) -> None:
         assert step.quant is not None
         recorder = self._recorder(step)
-        scale_2 = self.inputs.number(step.per_tensor[0]) if step.per_tensor else 1.0
+        scale_2 = self._inputs.number(step.per_tensor[0]) if step.per_tensor else 1.0
         for first, rows in self._pieces(step):
-            scales = self.inputs.scales(step, first, rows)
+            scales = self._inputs.scales(step, first, rows)
             row, not_finite = first, 0
             while row < first + rows:
-                self.stop.check()
+                self._desk.stop.check()
                 count, bad = self._decode_chunk(step, scales, scale_2, first, rows, row, recorder)
                 not_finite += bad
                 row += count
             if recorder:
                 keeps = bool(not_finite) or not carries_codes(scales, step.quant)
-                codes = bytes(bytes_of(self.inputs.codes(step, first, rows))) if keeps else b""
+                codes = bytes(bytes_of(self._inputs.codes(step, first, rows))) if keeps else b""
                 recorder.end_piece(None if step.scale is None else scales, codes)
         self._finish(recorder)
 
@@ -226,31 +175,31 @@ class Worker:
         """Decode some rows from `row` on of the piece [first, first + rows): how many, and how many are not finite."""
         assert step.quant is not None
         height = step.quant.block.rows
-        room = self.sink.room()
+        room = self._sink.room()
         fitting = len(room) // (2 * step.columns)
         direct = fitting > 0 and _is_aligned(room)
         count = chunk_rows(row - first, rows, step.columns, height, fitting if direct else 1)
         size = 2 * step.columns * count
         data = room[:size] if direct else self._values.take(size)
         values = torch.frombuffer(data, dtype=torch.bfloat16).view(count, step.columns)
-        codes = self.inputs.codes(step, row, count)
+        codes = self._inputs.codes(step, row, count)
         block_row = (row - first) // height
         mine = scales[block_row : block_row + formats.ceil_div(count, height)]
         decoded = decoded_rows(codes, mine, step.quant, values, scale_2)
-        self.notes.not_exact += decoded.num_inexact
+        self._desk.notes.not_exact += decoded.num_inexact
         if decoded.num_not_finite:
             self._require_finite(step, mine, row // height, scale_2)
-            self.note_not_finite(step, values, decoded.num_not_finite, row * step.columns, step.columns)
+            self._note_not_finite(step, values, decoded.num_not_finite, row * step.columns, step.columns)
         if recorder:
             recorder.codes(bytes_of(codes))
             recorder.converted(data)
             if recorder.wants_rule:
                 recorder.ruled(_ruled(codes, mine, values, step.quant))
         if direct:
-            self.sink.advance(size)
+            self._sink.advance(size)
         else:  # a row that crosses the end of the slab
-            self.sink.write(data)
-        self.on_bytes(size)
+            self._sink.write(data)
+        self._desk.on_bytes(size)
         return count, decoded.num_not_finite
 
     # -- codes to codes
@@ -264,18 +213,18 @@ class Worker:
         for first in range(0, step.rows, each):
             rows = min(each, step.rows - first)
             scales, tiles = (
-                self.inputs.scales(step, first, rows),
-                tile_scales(self.inputs, step, first, rows).scale_rc,
+                self._inputs.scales(step, first, rows),
+                tile_scales(self._inputs, step, first, rows).scale_rc,
             )
             row = 0
             while row < rows:
-                self.stop.check()
+                self._desk.stop.check()
                 count = chunk_rows(row, rows, step.columns, tile.rows, rows)
-                codes = self.inputs.codes(step, first + row, count)
+                codes = self._inputs.codes(step, first + row, count)
                 at = row // tile.rows
                 mine = tiles[at : at + formats.ceil_div(count, tile.rows)]
                 made = recast.fp4_to_fp8(codes, scales[row : row + count], step.quant.block, mine, tile)
-                self.notes.not_exact += made.num_changed
+                self._desk.notes.not_exact += made.num_changed
                 self._write(made.codes)
                 if recorder:
                     recorder.converted(bytes_of(made.codes))
@@ -294,36 +243,38 @@ class Worker:
         if step.op is Op.NVFP4_SCALES:
             kmax = self._encoder.shared_exponent(step)
             for first in range(0, step.rows, _SCALE_ROWS):
-                self.stop.check()
+                self._desk.stop.check()
                 rows = min(_SCALE_ROWS, step.rows - first)
-                made = nvfp4_scales(step, self.inputs.scales(step, first, rows), kmax)
+                made = nvfp4_scales(step, self._inputs.scales(step, first, rows), kmax)
                 if bool(made.lost_rc.any()):
-                    self.notes.not_exact += lost_values(self.inputs, step, first, rows, made.lost_rc)
+                    self._desk.notes.not_exact += lost_values(self._inputs, step, first, rows, made.lost_rc)
                 self._write(made.scale)
             return
         height = step.target.block.rows if step.op is Op.TILES else step.quant.block.rows
         each = max(1, _SCALE_ROWS // height) * height
         for first in range(0, step.rows, each):
-            self.stop.check()
+            self._desk.stop.check()
             rows = min(each, step.rows - first)
             if step.op is Op.TILES:
-                scales = tile_scales(self.inputs, step, first, rows).scale_rc
+                scales = tile_scales(self._inputs, step, first, rows).scale_rc
             else:
-                scales = self.inputs.scales(step, first, rows)
+                scales = self._inputs.scales(step, first, rows)
                 self._require_finite(step, scales, first // height)
             self._write(as_stored_scales(step, scales))
 
     # -- what is not finite
 
     def _require_finite(self, step: Step, scales: Tensor, block_row: int, scale_2: float = 1.0) -> None:
-        if step.name not in self.rules.allow_nan:
+        if step.name not in self._desk.rules.allow_nan:
             require_finite_scales(self._reader, step, scales, block_row, scale_2)
 
-    def note_not_finite(self, step: Step, values: Tensor, num_not_finite: int, first: int, cols: int) -> None:
+    def _note_not_finite(
+        self, step: Step, values: Tensor, num_not_finite: int, first: int, cols: int
+    ) -> None:
         """Count NaN and infinities where they are allowed. `first`: number of the first value within its tensor."""
         if not num_not_finite:
             return
-        if step.name not in self.rules.allow_nan:
+        if step.name not in self._desk.rules.allow_nan:
             position = first + int((~values.view(-1).isfinite()).nonzero()[0])
             row, col = divmod(position, cols)
             block = (
@@ -337,7 +288,7 @@ class Worker:
                 found=f"the first at row {row}, column {col}{block if step.op is not Op.COPY else ''}",
                 do=f"download the shard again; to convert it as it is: --allow-nan {step.name}",
             )
-        self.notes.not_finite += num_not_finite
+        self._desk.notes.not_finite += num_not_finite
 
 
 def _ruled(codes: Tensor, scales: Tensor, values: Tensor, quant: Quant) -> Tensor:

@@ -26,6 +26,8 @@ MAY_IMPORT = {
     "names": {"formats"},
     "strictjson": set[str](),
     "codec": {"formats"},
+    "encode": {"codec", "formats"},
+    "recast": {"codec", "formats"},
     "decode_plain": {"formats"},
     "shard": {"errors", "formats", "strictjson"},
     "sink": {"errors"},
@@ -39,17 +41,26 @@ MAY_IMPORT = {
     "tokenizer": {"strictjson"},
     "threads": set[str](),
     "manifest": {"contained", "errors", "formats", "shard", "strictjson"},
+    "sidecar": {"contained", "errors", "formats", "shard", "strictjson"},
+    "original": {"config", "contained", "errors", "formats", "shard", "sidecar", "survey"},
+    "steps": {"errors", "formats", "inventory", "shard", "source", "survey"},
+    "oids": {"contained", "errors", "formats", "strictjson", "verify"},
 }
 # Modules that see much; these rooms stay closed to them.
 MAY_NOT_IMPORT = {
-    "plan": {"codec", "compare", "decode_plain", "outdir", "run", "sample", "verify"},
+    "plan": {"codec", "compare", "decode_plain", "encode", "outdir", "recast", "run", "sample", "verify"},
+    "work": {"compare", "config", "decode_plain", "names", "outdir", "release", "sample", "verify"},
+    "requantize": {"compare", "config", "decode_plain", "names", "outdir", "release", "sample", "verify"},
     "run": {"compare", "decode_plain", "sample", "verify"},
     # what checks a run shares no decoding or writing code with it
-    "verify": {"codec", "outdir", "plan", "run", "sample"},
-    "compare": {"codec", "outdir", "plan", "run", "sample"},
+    "verify": {"codec", "encode", "outdir", "plan", "recast", "roundtrip", "run", "sample", "steps"},
+    "compare": {"codec", "encode", "outdir", "plan", "recast", "roundtrip", "run", "sample", "steps"},
     "sample": {"compare", "run", "source", "survey", "verify"},
 }
-COMPUTE = {"codec", "decode_plain", "run", "sample", "threads"}  # these may load torch, all others may not
+COMPUTE = {  # these may load torch, all others may not
+    "codec", "decode_plain", "desk", "encode", "inputs", "prove", "recast", "requantize", "roundtrip", "run", "sample",
+    "threads", "work",
+}  # fmt: skip
 
 
 def modules(package: str) -> dict[str, Path]:

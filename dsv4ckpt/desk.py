@@ -1,0 +1,60 @@
+"""What every step of one output file works with.  Holds no arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from .inputs import Inputs
+from .plan import ScalePolicy
+from .roundtrip import Knowledge, Losses
+from .sidecar import PartWriter
+from .sink import FileSink
+
+
+class Stop(Protocol):
+    """Looked at once per chunk."""
+
+    def check(self) -> None:
+        """Raise what is to end the work."""
+
+
+@dataclass
+class Notes:
+    """What came of the values of one file."""
+
+    not_exact: int = 0  # values that the output could not hold exactly
+    not_finite: int = 0
+    untouched: int = 0  # tensors that were the original's
+    changed: int = 0
+    losses: Losses = field(default_factory=Losses)
+
+    def document(self) -> dict[str, Any]:
+        counts = {key: value for key, value in self.__dict__.items() if key != "losses"}
+        return {**counts, "losses": self.losses.rows()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What holds for every step of a run."""
+
+    allow_nan: frozenset[str]
+    allow_lossy: bool
+    scale_policy: ScalePolicy
+    float_scales: bool  # fresh F32 scales are amax / 448, as in Base; else powers of two
+    is_vouched: bool  # a manifest says that the source's values are as they were converted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Desk:
+    """One worker's: where it reads, where it writes, what it must respect."""
+
+    inputs: Inputs
+    sink: FileSink
+    rules: Rules
+    on_bytes: Callable[[int], None]  # told of output bytes as they come
+    stop: Stop
+    part: PartWriter | None = None  # takes the records for the sidecar
+    knowledge: Knowledge | None = None  # of the original
+    notes: Notes = field(default_factory=Notes)
