@@ -206,3 +206,72 @@ def _count_not_finite(values: Tensor) -> int:
 
 def _highest(values: Tensor) -> int:
     return int(values.max()) if values.numel() else 0
+
+
+def pair_index(codes_RP: Tensor, base_rc: Tensor, block: Block) -> Tensor:
+    """Index of every packed byte into a table of 256 pairs for each row of the table.
+
+    codes_RP  uint8 [R, C/2]
+    base_rc   int32 [R, c]: 256 times the row of the table that each block of one row uses
+    returns   int32 [R, C/2]
+    """
+    rows, packed = codes_RP.shape
+    per_block = block.cols // 2
+    whole = packed // per_block * per_block
+    index = torch.empty((rows, packed), dtype=torch.int32)
+    index.copy_(codes_RP)
+    blocks = torch.unflatten(index[:, :whole], 1, (whole // per_block, per_block))
+    blocks += base_rc[:, : whole // per_block, None]
+    if whole < packed:  # the last block of a row is cut off by the edge
+        index[:, whole:] += base_rc[:, -1:]
+    return index
+
+
+class _NvTable(NamedTuple):
+    """For (E4M3 scale << 8 | packed byte) the two values under one weight_scale_2, low nibble first."""
+
+    pairs: Tensor  # int32 [65536]: bfloat16 patterns
+    num_inexact: Tensor  # uint8 [65536]
+    plain: Tensor  # bool [256]: all values under this scale are finite and exact
+
+
+@functools.lru_cache(maxsize=8)
+def _nvfp4_table(scale_2: str) -> _NvTable:
+    """scale_2: float.hex(), for 0.0 and -0.0 are one key but two tables, and NaN is a new key each time."""
+    grid = torch.tensor(FP4_GRID, dtype=torch.float64)
+    codes = torch.cat([grid, -grid])  # -grid[0] is -0.0
+    # at most 4 + 2 + 24 significant bits: the product is exact
+    rounded = bf16_bits(_e4m3_values()[:, None] * codes * float.fromhex(scale_2))
+    bits, inexact = rounded.bits.to(torch.int32) & 0xFFFF, rounded.inexact.to(torch.uint8)
+    byte = torch.arange(256)
+    low, high = byte & 15, byte >> 4
+    not_finite = (bits & 0x7FFF) >= _BF16_INF
+    return _NvTable(
+        (bits[:, low] | (bits[:, high] << 16)).reshape(-1).contiguous(),
+        (inexact[:, low] + inexact[:, high]).reshape(-1).contiguous(),
+        ~(rounded.inexact | not_finite).any(1),
+    )
+
+
+def decode_nvfp4(
+    codes_RP: Tensor, scale_rc: Tensor, scale_2: float, block: Block, out: Tensor | None = None
+) -> Decoded:
+    """Unpack E2M1 pairs and multiply every block of one row by its scale and the matrix's.
+
+    codes_RP  uint8 [R, C/2]; the low nibble is the even column
+    scale_rc  uint8 [R, c], E4M3: 0x7F and 0xFF mean NaN
+    scale_2   a float32 number, weight_scale_2
+    block     1 x n, n even
+    out       where to put the values, bfloat16 [R, C], contiguous, at a multiple of 4 bytes; None: a new tensor
+    returns   bfloat16 [R, C]; the exact product rounded once to nearest even, -0 kept
+    """
+    rows, packed = codes_RP.shape
+    table = _nvfp4_table(scale_2.hex())
+    scale_index = scale_rc.to(torch.int32)
+    index = pair_index(codes_RP, scale_index << 8, block).view(-1)
+    values = torch.empty((rows, 2 * packed), dtype=torch.bfloat16) if out is None else out
+    torch.index_select(table.pairs, 0, index, out=values.view(-1).view(torch.int32))
+    if bool(torch.index_select(table.plain, 0, scale_index.reshape(-1)).all()):
+        return Decoded(values, 0, 0)
+    num_inexact = int(torch.index_select(table.num_inexact, 0, index).sum())
+    return Decoded(values, _count_not_finite(values), num_inexact)

@@ -151,4 +151,4 @@ def as_stored_scales(step: Step, scales: Tensor) -> Tensor:
             found=f"{float(scales[row, col])!r} for block ({row}, {col}), and {int(made.bad.sum()) - 1:,} more near it",
             do="keep F32 scales: --to fp8-f32scale; or quantize anew, which rounds values: --allow-lossy",
         )
-    return made.scale
+    return made.scale_rc

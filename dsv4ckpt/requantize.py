@@ -62,7 +62,7 @@ class Encoder:
                 desk.sink.write(bytes_of(made.codes))
                 desk.on_bytes(made.codes.numel())
             if step.scale_out is not None:
-                self._put_scales(step, begins, first, made.scales, kmax)
+                self._put_scales(step, begins, first, made, kmax)
         if touched and not step.is_scale:
             desk.notes.losses.of(step.name).add_untouched(num_blocks)
         if desk.knowledge and not step.is_scale:
@@ -199,11 +199,13 @@ class Encoder:
 
     # -- what goes out
 
-    def _put_scales(self, step: Step, begins: dict[str, int], first: int, scales: Tensor, kmax: int) -> None:
+    def _put_scales(self, step: Step, begins: dict[str, int], first: int, piece: Made, kmax: int) -> None:
         assert step.target is not None and step.scale_out is not None
+        scales = piece.scales
         if step.target.per_tensor:
             made = nvfp4_scales(step, scales, kmax)
-            if bool(made.lost_rc.any()) and not self._desk.rules.allow_lossy:
+            lost = made.lost_rc & recast.has_values(piece.codes, FP4_EXPERT.block)  # blocks of zeros lose nothing
+            if bool(lost.any()) and not self._desk.rules.allow_lossy:
                 raise NotLossless(
                     f"the blocks of {step.name!r} span more exponents than NVFP4 scales can hold",
                     do="--to native or --to mxfp4-ct keep them; or accept the loss with --allow-lossy",

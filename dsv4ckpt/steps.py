@@ -247,8 +247,8 @@ class StepMaker:
 
     def _shared(self, origin: Logical) -> tuple[Matrix, ...]:
         """w1 and w3 of an expert are multiplied as one matrix: they share weight_scale_2."""
-        head, _, inner = origin.name.rpartition(".w")
-        both = ("w1", "w3") if inner.partition(".")[0] in ("1", "3") else ("w2",)
+        head, _, matrix = origin.name.removesuffix(".weight").rpartition(".")
+        both = ("w1", "w3") if matrix in ("w1", "w3") else (matrix,)
         found = []
         for name in both:
             step = self._read(Op.COPY, origin._replace(name=f"{head}.{name}.weight"), None)
