@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -270,6 +271,89 @@ def _holds_half(blocks: Tensor) -> Tensor:
     # of code & 7 = abc, 0.5 and 1.5 are 0b1
     halves = (words & ~(words >> 2)).bitwise_and_(ones)
     return functools.reduce(torch.bitwise_or, halves.unbind(-1)) != 0
+
+
+# ---- untouched values: codes and scales at once
+
+
+class Peaked(NamedTuple):
+    """Codes under the scales that make the largest value of every block 4 or 6, and those scales."""
+
+    codes: Tensor  # uint8 [R, C/2]
+    scale: Tensor  # uint8 [R, c], E8M0
+
+
+_LANE = 0x3FF  # sign, exponent and first mantissa bit of a bfloat16: all that a value on the grid has
+_MOST_PEAK = 240  # biased exponent; beyond it, and below 4, the lanes of zeros would look like values
+
+
+@functools.cache
+def _peaked_pairs() -> Tensor:
+    """uint8 [2**26], touched at 2**20 places: two codes for (lane of the odd column << 16 | lane of the even one).
+
+    A lane is the value's sign, exponent and first mantissa bit, minus those of the smallest number on the grid (0.5).
+    What has no place among the first eight steps is a zero, whose subtraction borrowed from the sign.
+    """
+    lane = torch.arange(_LANE + 1)
+    step, sign = lane & (_LANE >> 1), (lane >> 9) << 3
+    code = torch.where(step < 8, step.clamp(min=1) | sign, 8 - sign)
+    table = torch.zeros(1 << 26, dtype=torch.uint8)
+    table.view(-1, 1 << 16)[:, : _LANE + 1] = (code[:, None] << 4 | code).to(torch.uint8)
+    return table
+
+
+def fp4_peaked(values_RC: Tensor, block: Block) -> Peaked | None:
+    """Codes of values that are known to lie on the grid of E2M1, twice as fast as grid inference and encoding.
+
+    values_RC  bfloat16 [R, C], contiguous; on the grid of each block, or all zero
+    block      1 x 32
+    returns    codes that decode to the very values; None if this fast way cannot be gone: C is no multiple of the
+               block, or values are so small or large that their exponents do not fit. Then use fp4_grid_scale
+    """
+    rows, cols = values_RC.shape
+    if block.cols != 32 or cols % block.cols or not values_RC.numel():
+        return None
+    words = values_RC.view(torch.int32) & 0x7FFF7FFF
+    odd = words.view(rows, -1, block.cols // 2).amax(2)
+    words <<= 16
+    top = torch.maximum(odd, words.view(rows, -1, block.cols // 2).amax(2)) >> 23  # biased exponents
+    is_zero = top == 0
+    top.masked_fill_(is_zero, E8M0_BIAS)
+    if int(top.min()) < 4 or int(top.max()) > _MOST_PEAK:
+        return None
+    lanes = (values_RC.view(torch.int16) >> 6).view(rows, -1, block.cols)
+    lanes -= ((top - 3) << 1).to(torch.int16)[:, :, None]
+    lanes &= _LANE
+    codes = torch.index_select(_peaked_pairs(), 0, lanes.view(-1).view(torch.int32))
+    return Peaked(codes.view(rows, cols // 2), (top - 2).to(torch.uint8))
+
+
+@functools.cache
+def _moved_pairs() -> Tensor:
+    """uint8 [4 * 256]: a packed byte whose two values are halved 0 to 3 times; what no longer fits is of no meaning."""
+    halved = torch.tensor((0, 0, 1, 0, 2, 3, 4, 5))  # of codes 0..7, where the half is on the grid
+    table = torch.empty((4, 256), dtype=torch.int64)
+    magnitude = torch.arange(8)
+    byte = torch.arange(256)
+    for times in range(4):
+        code = torch.cat([magnitude, magnitude | 8])
+        table[times] = code[byte & 15] | code[byte >> 4] << 4
+        magnitude = halved[magnitude]
+    return table.view(-1).to(torch.uint8)
+
+
+def fp4_under(peaked: Peaked, scale_rc: Tensor, block: Block) -> Tensor:
+    """The codes of the same values under other scales, 1 to 8 times as large. uint8 [R, C/2]; zeros take any scale
+
+    exact where the values are on the grid of scale_rc
+    """
+    times = (scale_rc.to(torch.int16) - peaked.scale.to(torch.int16)).clamp(0, 3)
+    at = times.nonzero(as_tuple=True)
+    if at[0].numel():
+        blocks = peaked.codes.view(*scale_rc.shape, block.cols // 2)
+        index = blocks[at].to(torch.int32) + (times[at].to(torch.int32) << 8)[:, None]
+        blocks[at] = torch.index_select(_moved_pairs(), 0, index.view(-1)).view(index.shape)
+    return peaked.codes
 
 
 # ---- codes

@@ -38,7 +38,9 @@ MAX_COUNT = 2**63 - 1
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 MANIFEST_NAME = "dsv4.manifest.json"
-SIDECAR_NAME = "dsv4.roundtrip"  # a safetensors container; readers in the field glob *.safetensors, so no such ending
+SIDECAR_NAME = (
+    "dsv4.roundtrip"  # a safetensors container; readers in the field glob *.safetensors, so no such ending
+)
 WORK_NAME = ".dsv4"  # unfinished work in an output directory
 
 

@@ -29,7 +29,12 @@ class Logical(NamedTuple):
 # T indexer query width, A indexer heads, B indexer head, Z indexer compressor channels, X tapped width, W Markov rank
 
 Rows = tuple[tuple[str, Kind, tuple[str, ...]], ...]
-_BF16, _F32, _DENSE, _EXPERT = Kind.BF16, Kind.F32, Kind.DENSE, Kind.EXPERT  # the rows name EXPERT, stages DRAFT_EXPERT
+_BF16, _F32, _DENSE, _EXPERT = (
+    Kind.BF16,
+    Kind.F32,
+    Kind.DENSE,
+    Kind.EXPERT,
+)  # the rows name EXPERT, stages DRAFT_EXPERT
 
 TOP: Rows = (
     ("embed.weight", _BF16, ("V", "H")),
@@ -252,7 +257,9 @@ class Stored:
     shape: Shape
     parts: list[Part]
     scale_of: Quant | None = None  # set: these are scales of the parts
-    leaf: str = "weight"  # which of the tensors that a quantized matrix consists of, in the words of names.LEAVES
+    leaf: str = (
+        "weight"  # which of the tensors that a quantized matrix consists of, in the words of names.LEAVES
+    )
 
 
 @dataclass(frozen=True)

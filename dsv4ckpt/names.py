@@ -69,7 +69,10 @@ LEAVES = {
     Spelling.COMPRESSED: {"weight": "weight", "scale": "weight_scale"},
     Spelling.COMPRESSED_PACKED: {"weight": "weight_packed", "scale": "weight_scale"},
 }
-_TRANSFORMERS_LEAVES = {"weight": "weight", "scale": "weight_scale_inv"}  # "multiply by" too, despite the "inv"
+_TRANSFORMERS_LEAVES = {
+    "weight": "weight",
+    "scale": "weight_scale_inv",
+}  # "multiply by" too, despite the "inv"
 _FUSED_LEAVES = {"weight": "", "scale": "_scale_inv"}
 
 _TOP = (

@@ -97,7 +97,9 @@ def fp8_tiles(scale_rc: Tensor, fp4_block: Block, tile: Block, codes_RP: Tensor 
     tile       a whole number of FP4 blocks; tiles cut off by the edge are legal
     codes_RP   uint8 [R, C/2]: blocks of nothing but zeros then count neither for the scale nor for the gap. A tile
                of nothing else takes its scale from them all the same, is never low and has gap 0
-    returns    the recast is exact where gap_rc <= FP8_LOSSLESS_GAP and not low_rc
+    returns    scale: the largest byte less 6, at least 0
+    exact      the recast is, where gap_rc <= FP8_LOSSLESS_GAP. A low tile stays exact too (its FP4 bytes are 0..5, at
+               most 6 below 2**6 times byte 0), but holds smaller codes than a fresh quantizer would choose
     """
     exponent = scale_rc.to(torch.int16)
     top = _tile_max(exponent, fp4_block, tile)
@@ -188,12 +190,8 @@ def _fp8_pairs() -> _Pairs:
 
 def _e4m3_codes(magnitude: Tensor) -> tuple[Tensor, Tensor]:
     """float64 >= 0 -> E4M3 codes (int64), to nearest even, saturating; and where they are another number."""
-    _, exponent = torch.frexp(magnitude)  # of a significand in [0.5, 1)
-    exponent = (
-        torch.where(magnitude > 0, exponent - 1, _E4M3_MIN_EXPONENT)
-        .clamp(min=_E4M3_MIN_EXPONENT)
-        .to(torch.int64)
-    )
+    exponent = torch.frexp(magnitude).exponent.to(torch.int64) - 1  # its significand is in [0.5, 1)
+    exponent = torch.where(magnitude == 0, _E4M3_MIN_EXPONENT, exponent.clamp(min=_E4M3_MIN_EXPONENT))
     units = torch.ldexp(magnitude, 3 - exponent)  # of the last of 3 mantissa bits
     kept = torch.round(units)  # ties to even
     # Adding the significand (with its hidden bit) to the exponent field lets a carry move into it.
@@ -241,8 +239,9 @@ def nvfp4_scales(scale_rc: Tensor, kmax: int) -> NvScales:
     gap_rc = kmax + E8M0_BIAS - scale_rc.to(torch.int16)
     lost_rc = (gap_rc < 0) | (gap_rc > NVFP4_LOSSLESS_GAP)
     index = gap_rc.clamp(-1, NVFP4_LOSSLESS_GAP + 1) + 1
-    byte_rc = torch.index_select(_nvfp4_scale_codes(), 0, index.view(-1).to(torch.int32)).view(scale_rc.shape)
-    return NvScales(byte_rc.repeat_interleave(FP4_EXPERT.block.cols // NVFP4_EXPERT.block.cols, 1), lost_rc)
+    byte = torch.index_select(_nvfp4_scale_codes(), 0, index.reshape(-1).to(torch.int32))
+    halves = FP4_EXPERT.block.cols // NVFP4_EXPERT.block.cols
+    return NvScales(byte.view(scale_rc.shape).repeat_interleave(halves, 1), lost_rc)
 
 
 @functools.cache

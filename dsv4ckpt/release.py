@@ -89,7 +89,9 @@ def _name(document: Mapping[str, Any], model: ModelConfig, seen: Mapping[str, Se
     if model.dspark_targets:
         return "pro-0813" if size == "pro" else "flash-0731"
     # Base alone repeats embed and head below mtp.0; without draft stages its scales are what is left to tell it by
-    if any(name in seen for name in _BASE_COPIES) or (storage is Storage.FP8_F32SCALE and not model.num_stages):
+    if any(name in seen for name in _BASE_COPIES) or (
+        storage is Storage.FP8_F32SCALE and not model.num_stages
+    ):
         return f"{size}-base"
     return size
 
@@ -131,7 +133,9 @@ def _leaves(spelling: Spelling) -> tuple[str, str]:
 def _words(summary: _Summary | None) -> str:
     if summary is None:
         return "none found"
-    return f"{summary.codes} with {summary.scale} scales per {summary.block}" if summary.scale else summary.codes
+    return (
+        f"{summary.codes} with {summary.scale} scales per {summary.block}" if summary.scale else summary.codes
+    )
 
 
 def _observed(
@@ -156,7 +160,9 @@ def _observed(
                 rows *= 2  # gate and up stand in one tensor
             best: _Summary | None = None
             for leaves, spelling in spellings.items():
-                weight_name, scale_name = _names(f"layers.{layer}.ffn.{owner}{inner}.weight", namespace, spelling)
+                weight_name, scale_name = _names(
+                    f"layers.{layer}.ffn.{owner}{inner}.weight", namespace, spelling
+                )
                 weight, scale = seen.get(weight_name), seen.get(scale_name)
                 if weight is None:
                     continue

@@ -19,12 +19,21 @@ from .errors import BadSidecar, EditedOutput, NotFinite, NotLossless
 from .formats import E8M0_NAN, FP4_EXPERT, FP8_TILE, Quant
 from .inputs import exponent_of, nvfp4_scales, require_finite_scales
 from .plan import ScalePolicy
-from .roundtrip import KnownPiece, bytes_of, decoded_rows, encoded, measure, require_measured
+from .roundtrip import (
+    KnownPiece,
+    are_usable,
+    bytes_of,
+    chunks,
+    decoded_rows,
+    encoded,
+    measure,
+    require_measured,
+)
 from .sidecar import piece_rows
 from .steps import Matrix, Step
 
-_CHUNK_VALUES = 1024 * 1024
 _NOTHING = KnownPiece(False)
+_NO_SCALES = hashlib.sha256(b"").digest()  # of a matrix that the release has without scales
 
 
 class Made(NamedTuple):
@@ -83,7 +92,7 @@ class Encoder:
             require_finite_scales(desk.inputs.reader, step, scales, first // step.quant.block.rows, scale_2)
             values = torch.empty((rows, step.columns), dtype=torch.bfloat16)
             height = step.quant.block.rows
-            for begin, count in _chunks(rows, step.columns, height):
+            for begin, count in chunks(rows, step.columns, height):
                 mine = scales[begin // height : formats.ceil_div(begin + count, height)]
                 chunk = slice(begin, begin + count)
                 decoded = decoded_rows(stored[chunk], mine, step.quant, values[chunk], scale_2)
@@ -106,7 +115,8 @@ class Encoder:
         if codes is None:
             codes = self._codes(values, known.scales, working)
         if known.hashes:
-            found = (hashlib.sha256(bytes_of(codes)).digest(), self._scale_digest(step, known.scales))
+            stored = b"" if known.hashes.scales == _NO_SCALES else bytes_of(known.scales)
+            found = (hashlib.sha256(bytes_of(codes)).digest(), hashlib.sha256(stored).digest())
             if found != (known.hashes.codes, known.hashes.scales):
                 raise BadSidecar(
                     f"{step.name!r} does not come out as it was, although its values are untouched",
@@ -116,15 +126,11 @@ class Encoder:
                 )
         return Made(codes, known.scales)
 
-    def _scale_digest(self, step: Step, scales: Tensor) -> bytes:
-        has_scales = step.scale_out is not None or step.is_scale
-        return hashlib.sha256(bytes_of(scales) if has_scales else b"").digest()
-
     def _codes(self, values: Tensor, scales: Tensor, working: Quant) -> Tensor:
         rows, cols = values.shape
         codes = torch.empty(formats.codes_shape((rows, cols), working), dtype=torch.uint8)
         height = working.block.rows
-        for begin, count in _chunks(rows, cols, height):
+        for begin, count in chunks(rows, cols, height):
             mine = scales[begin // height : formats.ceil_div(begin + count, height)]
             encoded(values[begin : begin + count], mine, working, codes[begin : begin + count])
         return codes
@@ -160,8 +166,9 @@ class Encoder:
         """What --scale-policy says, some rows of blocks at a time."""
         height = working.block.rows
         made = []
-        for begin, count in _chunks(values.shape[0], values.shape[1], height):
-            source = known.scales
+        whole = known.scales if known.scales is not None and are_usable(known.scales) else None
+        for begin, count in chunks(values.shape[0], values.shape[1], height):
+            source = whole
             if source is not None:
                 source = source[begin // height : formats.ceil_div(begin + count, height)]
             made.append(self._scales_of_chunk(values[begin : begin + count], source, working))
@@ -189,7 +196,7 @@ class Encoder:
         loss = self._desk.notes.losses.of(step.name)
         height = working.block.rows
         alternative = FP8_TILE if working.codes_per_element == 2 else None
-        for begin, count in _chunks(values.shape[0], values.shape[1], height):
+        for begin, count in chunks(values.shape[0], values.shape[1], height):
             chunk = slice(begin, begin + count)
             mine = scales[begin // height : formats.ceil_div(begin + count, height)]
             original = None if known.values is None else known.values[chunk]
@@ -204,7 +211,9 @@ class Encoder:
         scales = piece.scales
         if step.target.per_tensor:
             made = nvfp4_scales(step, scales, kmax)
-            lost = made.lost_rc & recast.has_values(piece.codes, FP4_EXPERT.block)  # blocks of zeros lose nothing
+            lost = made.lost_rc & recast.has_values(
+                piece.codes, FP4_EXPERT.block
+            )  # blocks of zeros lose nothing
             if bool(lost.any()) and not self._desk.rules.allow_lossy:
                 raise NotLossless(
                     f"the blocks of {step.name!r} span more exponents than NVFP4 scales can hold",
@@ -259,9 +268,3 @@ class Encoder:
 def _working(target: Quant) -> Quant:
     """What is encoded first: NVFP4 scales are made of FP4 scales."""
     return FP4_EXPERT if target.per_tensor else target
-
-
-def _chunks(rows: int, cols: int, height: int) -> list[tuple[int, int]]:
-    """(first row, rows) of chunks that are whole rows of blocks."""
-    each = max(1, _CHUNK_VALUES // max(1, cols) // height) * height
-    return [(begin, min(each, rows - begin)) for begin in range(0, rows, each)]

@@ -794,3 +794,48 @@ def test_nothing_depends_on_flush_to_zero() -> None:
 def test_encode_under_flush_to_zero_is_unchanged(byte: int) -> None:
     assert np.array_equal(fp4_of_every_pattern(byte)[0], exact_codes(FP4_HALVES, -1, byte))
     assert np.array_equal(fp8_of_every_pattern(byte)[0], exact_codes(FP8_UNITS, -9, byte))
+
+
+# ---- untouched values, the fast way
+
+
+def on_the_grid(generator: torch.Generator, least: int, most: int, rows: int = 64, cols: int = 256) -> Tensor:
+    """bfloat16 [rows, cols]: values of random codes, blocks of zeros among them, under scale bytes least..most."""
+    codes = torch.randint(0, 256, (rows, cols // 2), dtype=torch.uint8, generator=generator)
+    codes.view(rows, -1, 16)[torch.rand((rows, cols // 32), generator=generator) < 0.1] &= 0x88
+    small = torch.rand((rows, cols // 32), generator=generator) < 0.3
+    codes.view(rows, -1, 16)[small] &= 0xBB  # codes 0..3: the largest value is at most 1.5
+    scale = torch.randint(least, most + 1, (rows, cols // 32), generator=generator).to(torch.uint8)
+    return codec.decode_fp4(codes, scale, BLOCK).values
+
+
+BLOCK = Block(1, 32)
+
+
+@pytest.mark.parametrize(("least", "most"), [(6, 235), (100, 130), (125, 125)])
+def test_peaked_codes_moved_to_the_grid_scale_equal_the_slow_twin(least: int, most: int) -> None:
+    values = on_the_grid(torch.Generator().manual_seed(least), least, most)
+    peaked = encode.fp4_peaked(values, BLOCK)
+    assert peaked is not None
+    scale = encode.fp4_grid_scale_of_codes(peaked.codes, peaked.scale, BLOCK)
+    assert torch.equal(scale, encode.fp4_grid_scale(values, BLOCK))
+    assert torch.equal(encode.fp4_under(peaked, scale, BLOCK), encode.encode_fp4(values, scale, BLOCK))
+
+
+def test_peaked_codes_keep_the_sign_of_zeros() -> None:
+    values = torch.zeros((2, 64), dtype=torch.bfloat16)
+    values[0, ::2] = -0.0
+    values[1, 3], values[1, 4] = 6.0, -0.0
+    peaked = encode.fp4_peaked(values, BLOCK)
+    assert peaked is not None
+    assert torch.equal(peaked.codes, encode.encode_fp4(values, peaked.scale, BLOCK))
+
+
+@pytest.mark.parametrize(("least", "most"), [(0, 3), (240, 252)])
+def test_values_near_the_ends_of_bfloat16_go_the_slow_way(least: int, most: int) -> None:
+    values = on_the_grid(torch.Generator().manual_seed(0), least, most)
+    assert encode.fp4_peaked(values, BLOCK) is None
+
+
+def test_columns_that_are_no_whole_blocks_go_the_slow_way() -> None:
+    assert encode.fp4_peaked(torch.ones((4, 48), dtype=torch.bfloat16), BLOCK) is None

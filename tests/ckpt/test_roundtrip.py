@@ -6,10 +6,8 @@ The oracle is the sample itself: its files are compared with what comes back by 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import pytest
 import tiny
 import torch
 
-from dsv4ckpt import errors, formats, original, plan, run, sidecar, source, survey
+from dsv4ckpt import errors, original, plan, run, sidecar, source, survey
 from dsv4ckpt.formats import SIDECAR_NAME, Storage, Target
 from dsv4ckpt.names import Namespace
 from dsv4ckpt.plan import ConvertOptions
@@ -137,7 +135,13 @@ def test_detour_through_torch_dcp_ends_in_the_release(flash: Path, tmp_path: Pat
     dcp.load(loaded, checkpoint_id=str(tmp_path / "dcp"))
     (tmp_path / "tuned").mkdir()
     save_file(loaded, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
-    for small in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"):
+    for small in (
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "LICENSE",
+    ):
         shutil.copy(tmp_path / "bf16" / small, tmp_path / "tuned" / small)
     shutil.copytree(tmp_path / "bf16" / "inference", tmp_path / "tuned" / "inference")
     convert(tmp_path / "tuned", tmp_path / "back", Target.NATIVE, memory=tmp_path / "bf16")
@@ -147,7 +151,11 @@ def test_detour_through_torch_dcp_ends_in_the_release(flash: Path, tmp_path: Pat
 # ---- values that changed
 
 
-EXPERT, DENSE, NORM = "layers.1.ffn.experts.3.w1.weight", "layers.2.attn.wq_a.weight", "layers.0.attn_norm.weight"
+EXPERT, DENSE, NORM = (
+    "layers.1.ffn.experts.3.w1.weight",
+    "layers.2.attn.wq_a.weight",
+    "layers.0.attn_norm.weight",
+)
 
 
 def tune(directory: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -198,7 +206,9 @@ def test_only_changed_tensors_differ_from_the_release(flash: Path, bf16: Path, t
     for name in (EXPERT, DENSE, NORM):
         tune(bf16, name, noise(0.2))
     summary = convert(bf16, tmp_path / "out", Target.NATIVE, released=flash)
-    changed = {name.removesuffix(".weight").removesuffix(".scale") for name in different(flash, tmp_path / "out")}
+    changed = {
+        name.removesuffix(".weight").removesuffix(".scale") for name in different(flash, tmp_path / "out")
+    }
     assert changed == {name.removesuffix(".weight") for name in (EXPERT, DENSE, NORM)}
     assert (summary.num_changed, [loss.name for loss in summary.losses]) == (3, [EXPERT, DENSE])
     assert (tmp_path / "out" / "config.json").read_bytes() == (flash / "config.json").read_bytes()
@@ -220,7 +230,9 @@ def test_kept_delta_is_what_plain_arithmetic_says(flash: Path, bf16: Path, tmp_p
 
     for loss in summary.losses:
         delta = wide(after[loss.name]) - wide(before[loss.name])
-        kept = float(((wide(left[loss.name]) - wide(before[loss.name])) * delta).sum() / (delta * delta).sum())
+        kept = float(
+            ((wide(left[loss.name]) - wide(before[loss.name])) * delta).sum() / (delta * delta).sum()
+        )
         assert loss.kept_share == pytest.approx(kept, rel=1e-9)
         error = float((wide(left[loss.name]) - wide(after[loss.name])).norm() / wide(after[loss.name]).norm())
         assert loss.relative_error == pytest.approx(error, rel=1e-6)
@@ -335,7 +347,9 @@ def test_damaged_sidecar_never_gives_wrong_bytes(flash: Path, bf16: Path, tmp_pa
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_value_that_no_code_can_hold_is_refused_and_nothing_stays(bf16: Path, tmp_path: Path, bad: float) -> None:
+def test_value_that_no_code_can_hold_is_refused_and_nothing_stays(
+    bf16: Path, tmp_path: Path, bad: float
+) -> None:
     def spoil(values: torch.Tensor) -> torch.Tensor:
         changed = values.clone()
         changed[5, 7] = bad
