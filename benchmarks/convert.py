@@ -1,7 +1,8 @@
 """End to end: `dsv4 convert --to bf16` beside cp + sync and beside the naive torch way, in one run on one disk.
 
     python benchmarks/convert.py [--size 1.5GB] [--repeat 3] [--dir DIR] [--no-naive] [--workers 2]
-    python benchmarks/convert.py --memory 4GB,16GB      peak memory only, one conversion for each size
+    python benchmarks/convert.py --across               every format from native, and native from each
+    python benchmarks/convert.py --memory 4GB,16GB      peak memory only, there and back for each size
 
 Every contender starts with the source out of the page cache and ends when its bytes are on the disk.  Times are
 medians; compare the ratios, since machines differ.  Memory is the peak of RssAnon, sampled every 10 ms.
@@ -10,6 +11,7 @@ medians; compare the ratios, since machines differ.  Memory is the peak of RssAn
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -100,8 +102,8 @@ def naive(source: Path, target: Path) -> None:
     run("sync", "-f", str(target))
 
 
-def convert(source: Path, target: Path, workers: int) -> None:
-    run(*dsv4("convert", str(source), str(target), "--to", "bf16", "--workers", str(workers), "-q"))
+def convert(source: Path, target: Path, workers: int, to: str = "bf16") -> None:
+    run(*dsv4("convert", str(source), str(target), "--to", to, "--workers", str(workers), "-q"))
 
 
 def peak_anonymous(command: list[str]) -> int:
@@ -136,7 +138,15 @@ def memory(sizes: list[str], base: Path, workers: int) -> None:
             print(
                 f"{size:>10}  {sent:6.2f} GB  {came:6.2f} GB  {seconds:7.1f}  {peak / 1e6:.0f} MB ({names} names)"
             )
+            began = time.perf_counter()
+            command = dsv4("convert", str(target), str(base / "back"), "--to", "native", "-q")
+            peak = peak_anonymous([*command, "--workers", str(workers)])
+            seconds = time.perf_counter() - began
+            print(
+                f"{size:>10}  {came:6.2f} GB  {sent:6.2f} GB  {seconds:7.1f}  {peak / 1e6:.0f} MB (and back)"
+            )
             shutil.rmtree(target)
+            shutil.rmtree(base / "back")
         shutil.rmtree(source)
 
 
@@ -169,6 +179,37 @@ def compare(size: str, repeat: int, base: Path, workers: int, with_naive: bool) 
     print(json.dumps({name: [round(value, 2) for value in values] for name, values in times.items()}))
 
 
+def across(size: str, repeat: int, base: Path, workers: int) -> None:
+    """Each conversion beside reading its input and writing as many bytes as its output has."""
+    source, scratch = base / "native", base / "scratch"
+    run(*dsv4("sample", str(source), "--target-size", size, "-q"))
+    ways = [("native", "bf16"), ("bf16", "native"), ("native", "fp8"), ("fp8", "native"), ("native", "fp8-f32scale"),
+            ("native", "nvfp4"), ("nvfp4", "native"), ("native", "mxfp4-ct"), ("mxfp4-ct", "native")]  # fmt: skip
+    print(
+        f"{'from':>10}  {'to':14}{'in GB':>8}{'out GB':>8}{'same bytes':>12}{'dsv4':>8}  ratio   (medians of {repeat})"
+    )
+    for before, after in ways:
+        if not (base / before).exists():
+            convert(source, base / before, workers, before)
+        convert(base / before, scratch, workers, after)
+        out = num_bytes(scratch)
+        shutil.rmtree(scratch)
+        contenders = {
+            "same bytes": functools.partial(read_then_write, base / before, out, scratch),
+            "dsv4": functools.partial(convert, base / before, scratch, workers, after),
+        }
+        times: dict[str, list[float]] = {name: [] for name in contenders}
+        for _ in range(repeat):
+            for name, action in contenders.items():
+                times[name].append(timed(action, base / before))
+                shutil.rmtree(scratch)
+        same, ours = statistics.median(times["same bytes"]), statistics.median(times["dsv4"])
+        sizes = f"{num_bytes(base / before) / 1e9:8.2f}{out / 1e9:8.2f}"
+        print(f"{before:>10}  {after:14}{sizes}{same:12.2f}{ours:8.2f}  {ours / same:5.2f}")
+        if before != "native":
+            shutil.rmtree(base / before)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -179,10 +220,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--no-naive", action="store_true")
     parser.add_argument("--memory", metavar="SIZES", help="measure peak memory for these sizes instead")
+    parser.add_argument("--across", action="store_true", help="all formats, there and back")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.dir, prefix="dsv4-bench-") as base:
         if given.memory:
             memory(given.memory.split(","), Path(base), given.workers)
+        elif given.across:
+            across(given.size, given.repeat, Path(base), given.workers)
         else:
             compare(given.size, given.repeat, Path(base), given.workers, not given.no_naive)
 

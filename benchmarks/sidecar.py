@@ -34,7 +34,9 @@ def quantized(values: torch.Tensor, largest: float, floor: float) -> tuple[torch
     """(values divided by their scales, scale bytes) per 32 columns, by ceil(log2(amax / largest))."""
     blocks = values.view(ROWS, -1, 32)
     exponent = torch.ceil(torch.log2(blocks.abs().amax(2).clamp(min=floor) / largest)).to(torch.int32)
-    return (blocks / torch.exp2(exponent.float())[..., None]).view(ROWS, COLS), (exponent + 127).to(torch.uint8)
+    return (blocks / torch.exp2(exponent.float())[..., None]).view(ROWS, COLS), (exponent + 127).to(
+        torch.uint8
+    )
 
 
 def bytes_per_fp4_block() -> float:
@@ -64,7 +66,11 @@ def parts(layout: Layout, per_fp4: float, per_table: float) -> dict[str, float]:
         if quant is None:
             hashes += HASH_BYTES
             continue
-        hashes += 3 * HASH_BYTES * formats.ceil_div(logical.shape[0], sidecar.piece_rows(logical.shape, quant.block))
+        hashes += (
+            3
+            * HASH_BYTES
+            * formats.ceil_div(logical.shape[0], sidecar.piece_rows(logical.shape, quant.block))
+        )
         grid = formats.scale_shape(logical.shape, quant.block)
         if not roundtrip.has_rule(quant):
             scales += formats.stored_bytes(quant.scale, grid)
@@ -86,7 +92,9 @@ def main() -> None:
     torch.set_num_threads(1)
     per_fp4, per_table = bytes_per_fp4_block(), bytes_per_table_block()
     print(f"exceptions: {per_fp4:.2e} bytes for an FP4 block, {per_table:.3f} for a block of an Engram table")
-    print(f"{'release':12}{'headers':>10}{'hashes':>10}{'FP8 scales':>12}{'exceptions':>12}{'of the source':>16}")
+    print(
+        f"{'release':12}{'headers':>10}{'hashes':>10}{'FP8 scales':>12}{'exceptions':>12}{'of the source':>16}"
+    )
     for name in RELEASES:
         options = sample.SampleOptions(release=name, release_dims=True)
         made = sample.plan_sample(options)
@@ -94,7 +102,9 @@ def main() -> None:
         around = fixed(made)
         share = (around + sum(found.values())) / made.total_bytes
         row = [around, *found.values()]
-        cells = "".join(f"{size / 1e6:>{width}.1f}" for size, width in zip(row, (10, 10, 12, 12), strict=True))
+        cells = "".join(
+            f"{size / 1e6:>{width}.1f}" for size, width in zip(row, (10, 10, 12, 12), strict=True)
+        )
         print(f"{name:12}{cells}{share:>16.4%}   (MB)")
     assert Kind.TABLE in QUANTS[RELEASES["v4.1-flash"].storage]
 

@@ -20,7 +20,6 @@ from .common import common_options, follow_links_option, stopping_on_signals, wi
 from .progress import Progress
 from .words import Console, LayerList, Size, human, plural, spans, table
 
-
 _SHOWN = 20  # quantized tensors; --json lists all
 
 
@@ -232,6 +231,10 @@ def _say_plan(made: Plan, console: Console, *, files: bool) -> None:
     for reason, count in Counter(item.reason for item in made.dropped).items():
         size = sum(item.size for item in made.dropped if item.reason == reason)
         console.say(f"  left out  {plural(count, 'tensor')}, {human(size)}, by {reason}")
+    if made.borrowed:
+        console.say(
+            f"  draft     {plural(len(made.borrowed), 'tensor')} that SRC lacks come from the release"
+        )
     if made.opaque:
         console.say(
             f"  opaque    {plural(len(made.opaque), 'tensor')} of the vision side, carried as they are"
@@ -294,7 +297,9 @@ def _carry_out(
         )
     _say_losses(summary.losses, console)
     if summary.num_inexact:
-        console.say(f"{summary.num_inexact:,} values were rounded: the codes or BF16 cannot hold them exactly")
+        console.say(
+            f"{summary.num_inexact:,} values were rounded: the codes or BF16 cannot hold them exactly"
+        )
     if summary.num_not_finite:
         console.say(
             f"{summary.num_not_finite:,} values are NaN or infinite, in tensors that --allow-nan names"
@@ -315,7 +320,9 @@ def _say_losses(losses: tuple[Any, ...], console: Console) -> None:
     console.say(f"{plural(len(losses), 'tensor')} quantized anew, {len(lossy):,} of them with loss")
     if not lossy:
         return
-    worst = sorted(lossy, key=lambda loss: (loss.kept_share is None, loss.kept_share or 0.0, -loss.relative_error))
+    worst = sorted(
+        lossy, key=lambda loss: (loss.kept_share is None, loss.kept_share or 0.0, -loss.relative_error)
+    )
     rows = [("tensor", "same blocks", "relative error", "kept delta", "")]
     for loss in worst[:_SHOWN]:
         same, kept = loss.num_same_blocks / max(1, loss.num_blocks), loss.kept_share

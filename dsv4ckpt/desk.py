@@ -11,6 +11,7 @@ from .plan import ScalePolicy
 from .roundtrip import Knowledge, Losses
 from .sidecar import PartWriter
 from .sink import FileSink
+from .source import Reader
 
 
 class Stop(Protocol):
@@ -57,4 +58,5 @@ class Desk:
     stop: Stop
     part: PartWriter | None = None  # takes the records for the sidecar
     knowledge: Knowledge | None = None  # of the original
+    released: Reader | None = None  # gives what the source lacks
     notes: Notes = field(default_factory=Notes)

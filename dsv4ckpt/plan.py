@@ -84,6 +84,7 @@ class Plan:
     remembered: Remembered | None = None  # what the sidecar is to say; None: no sidecar is written
     carries_sidecar: bool = False  # the source's own sidecar holds for the output too
     original: Original | None = None  # the release that values are compared with
+    borrowed: tuple[str, ...] = ()  # draft tensors that the source lacks, and the release gives
     num_unchanged: int = field(default=0)  # output tensors whose bytes are copied
 
     @functools.cached_property
@@ -160,9 +161,10 @@ def make_plan(survey: Survey, options: ConvertOptions, original: Original | None
     raises    NotConform and its kin if the source is not what its config asks for, Usage for options that do not fit,
               BadSidecar or NotConform for an original of another checkpoint
     """
-    survey.require_conform()
     identity = survey.identity
     storage = formats.storage_of(options.target, identity.release.storage)
+    borrowed = _borrowed(survey, options, original)
+    survey.require_conform(excused=borrowed)
     _require_possible(survey, options, storage)
     layers = _selected_layers(survey, options)
     _require_known_names(survey, options)
@@ -181,6 +183,7 @@ def make_plan(survey: Survey, options: ConvertOptions, original: Original | None
         {renamed.name: source for source, renamed in kept},
         input_scales=options.input_scales,
         allow_lossy=options.allow_lossy,
+        released=original.survey if original and borrowed else None,
     )
     files = _files(maker, original, options.max_shard_bytes)
     _require_used_scales(options, target)
@@ -206,6 +209,7 @@ def make_plan(survey: Survey, options: ConvertOptions, original: Original | None
         remembered=_remembered(survey, storage, dropped),
         carries_sidecar=_sidecar_holds(survey, storage, files, dropped),
         original=original,
+        borrowed=tuple(sorted(borrowed)),
         num_unchanged=sum(
             bool(tensor.steps) and all(step.op is Op.COPY for step in tensor.steps)
             for file in files
@@ -214,6 +218,21 @@ def make_plan(survey: Survey, options: ConvertOptions, original: Original | None
     )
     _require_conservation(survey, plan)
     return plan
+
+
+def _borrowed(survey: Survey, options: ConvertOptions, original: Original | None) -> frozenset[str]:
+    """Draft stages that a trainer dropped come back from the release: the missing tensors, if all of them are."""
+    if (
+        original is None
+        or original.survey is None
+        or options.target is not Target.NATIVE
+        or not options.keep_mtp
+    ):
+        return frozenset()
+    drafts = {name for name in survey.layout.stored if name.startswith("mtp.")}
+    missing = {item.name for item in survey.deviations if item.problem == "missing"}
+    all_gone = drafts and drafts <= missing and options.namespace is Namespace.DEEPSEEK
+    return frozenset(drafts) if all_gone else frozenset()
 
 
 def _require_possible(survey: Survey, options: ConvertOptions, storage: Storage) -> None:
@@ -523,6 +542,8 @@ _Uses = dict[str, list[tuple[int, int, str]]]  # stored tensor -> (first row, ro
 
 def _use(uses: _Uses, step: Step) -> None:
     """Note which input rows a step reads. Codes and scales of one matrix may be made by two steps that read both."""
+    if step.is_released:
+        return
     uses[step.source].append((step.begin, step.rows, step.name))
     if step.scale and step.quant:
         rows = formats.ceil_div(step.rows, step.quant.block.rows)

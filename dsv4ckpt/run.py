@@ -26,7 +26,7 @@ from .release import RELEASES
 from .roundtrip import Knowledge, Loss, SidecarKnowledge, SourceKnowledge, loss_of_row
 from .sidecar import PartWriter
 from .sink import Receipt
-from .source import Checkpoint
+from .source import Checkpoint, Reader
 from .steps import PlannedFile
 from .threads import one_torch_thread
 from .work import Worker
@@ -159,6 +159,13 @@ class _Run:
             return SidecarKnowledge(original.sidecar)
         assert original.survey is not None
         return SourceKnowledge(original.survey, stack.enter_context(original.survey.checkpoint.reader()))
+
+    def released(self, stack: contextlib.ExitStack) -> Reader | None:
+        """Reads tensors that the source lacks, for one worker."""
+        original = self.plan.original
+        if original is None or original.survey is None:
+            return None
+        return stack.enter_context(original.survey.checkpoint.reader())
 
 
 def _rules(plan: Plan, checkpoint: Checkpoint, accept_changes: bool) -> Rules:
@@ -314,6 +321,7 @@ def _write_shard(file: PlannedFile, number: int, run: _Run) -> Receipt:
                 stop=run.stop,
                 part=part,
                 knowledge=run.knowledge(stack),
+                released=run.released(stack),
             )
             worker = Worker(desk)
             for tensor in file.tensors:

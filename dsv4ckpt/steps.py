@@ -73,6 +73,9 @@ class Step(NamedTuple):
     scale_out_begin: int = 0
     shared: tuple[Matrix, ...] = ()  # NVFP4: the matrices under one weight_scale_2, this one included
     number: float = 0.0  # NUMBER
+    is_released: bool = (
+        False  # COPY: the source lacks the tensor; it is read from the release that --source names
+    )
     leaf: str = "weight"  # which tensor of the matrix this makes, in the words of names.LEAVES
 
     @property
@@ -162,8 +165,14 @@ class StepMaker:
         *,
         input_scales: Mapping[str, float] | None,
         allow_lossy: bool,
+        released: Survey | None = None,
     ) -> None:
-        """origin: logical name in the target -> logical tensor of the source; input_scales: None means all are 1"""
+        """
+        origin        logical name in the target -> logical tensor of the source
+        input_scales  None: all are 1
+        released      where tensors come from that the source lacks
+        """
+        self._released = released
         self.survey, self.target = survey, target
         self._origin, self._input_scales, self._allow_lossy = origin, input_scales, allow_lossy
 
@@ -178,13 +187,19 @@ class StepMaker:
 
     def _step(self, stored: Stored, logical: Logical, in_file: set[str]) -> Step | None:
         origin = self._origin[logical.name]
+        if (
+            self._released
+            and self.survey.layout.weights[origin.name][0] not in self.survey.checkpoint.tensors
+        ):
+            layout = self._released.layout
+            return self._copied_leaf(stored.leaf, origin, layout)._replace(is_released=True)
         before, after = self.survey.layout.quant(origin), self.target.quant(logical)
         op = op_of(before, after, stored.leaf, lossy=self._allow_lossy)
         if op is Op.NUMBER:
             return self._number(stored, origin)
         step = self._read(op, origin, after)._replace(leaf=stored.leaf)
         if op is Op.COPY and stored.leaf != "weight":
-            return self._copied_leaf(stored.leaf, origin)
+            return self._copied_leaf(stored.leaf, origin, self.survey.layout)
         if op in (Op.NVFP4_SCALES, Op.NVFP4_SCALE_2) or (op is Op.ENCODE and after and after.per_tensor):
             step = step._replace(shared=self._shared(origin))
         if op is not Op.ENCODE:
@@ -226,9 +241,8 @@ class StepMaker:
             scale_row_bytes=formats.stored_bytes(quant.scale, scales.shape[-1:]),
         )
 
-    def _copied_leaf(self, leaf: str, origin: Logical) -> Step:
-        layout = self.survey.layout
-        index = layout.scales if leaf == "scale" else layout.per_tensor[leaf]
+    def _copied_leaf(self, leaf: str, origin: Logical, layout: Layout) -> Step:
+        index = {"weight": layout.weights, "scale": layout.scales, **layout.per_tensor}[leaf]
         name, number = index[origin.name]
         held = layout.stored[name]
         row_bytes = formats.stored_bytes(held.dtype, held.shape[-1:] if len(held.shape) > 1 else held.shape)

@@ -56,12 +56,18 @@ class Survey:
     unit_scales: frozenset[str]  # logical weights whose missing scales the user declared to be 1
     deviations: list[Deviation]
 
-    def require_conform(self) -> None:
-        """raises BadIndex, MissingScale, OrphanScale or NotConform for the first deviation"""
+    def require_conform(self, *, excused: frozenset[str] = frozenset()) -> None:
+        """raises BadIndex, MissingScale, OrphanScale or NotConform for the first deviation
+
+        excused   stored tensors that may be missing: they come from elsewhere
+        """
         self.checkpoint.require_sound()
-        if not self.deviations:
+        deviations = [
+            item for item in self.deviations if item.problem != "missing" or item.name not in excused
+        ]
+        if not deviations:
             return
-        first, more = self.deviations[0], len(self.deviations) - 1
+        first, more = deviations[0], len(deviations) - 1
         kind = {"weight without scale": MissingScale, "scale without weight": OrphanScale}
         raise kind.get(first.problem, NotConform)(
             first.sentence() + (f", and {more:,} more deviations" if more else ""),
@@ -78,7 +84,8 @@ def _advice(deviation: Deviation) -> str:
         return f"if the file really stores unscaled FP8: --unit-scale {weight}"
     if deviation.problem == "missing" and deviation.name.startswith("mtp."):
         return (
-            "if it was saved without its draft stages: set num_nextn_predict_layers to 0 in its config.json"
+            "if it was saved without its draft stages: --to native --source DIR takes them from the release; "
+            "or set num_nextn_predict_layers to 0 in its config.json"
         )
     return "dsv4 inspect lists all of them; a complete download of one release has none"
 

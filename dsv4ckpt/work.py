@@ -27,6 +27,7 @@ from .inputs import (
 from .requantize import Encoder
 from .roundtrip import Recorder, bytes_of, carries_codes, decoded_rows, ruled_scales
 from .sidecar import piece_rows
+from .source import Reader
 from .steps import Op, PlannedTensor, Step
 
 _CHUNK_VALUES = 1024 * 1024  # decoded at a time: fits the second-level cache together with its index
@@ -53,7 +54,7 @@ class Worker:
 
     def carry_out(self, step: Step, tensor: PlannedTensor, begins: dict[str, int]) -> None:
         """begins: where the file's tensors begin, for what is not made in order."""
-        if step.op not in (Op.NUMBER, Op.NVFP4_SCALE_2):
+        if step.op not in (Op.NUMBER, Op.NVFP4_SCALE_2) and not step.is_released:
             self._reader.will_need(step.source, step.begin * step.row_bytes, step.rows * step.row_bytes)
         if step.op is Op.COPY:
             self._copy(step, tensor)
@@ -94,9 +95,8 @@ class Worker:
 
     def _copy(self, step: Step, tensor: PlannedTensor) -> None:
         recorder = self._recorder(step)
-        digest = (
-            hashlib.sha256() if self._desk.knowledge and step.quant is None and not step.is_scale else None
-        )
+        compares = self._desk.knowledge and step.quant is None and not step.is_scale and not step.is_released
+        digest = hashlib.sha256() if compares else None
         for first, rows in self._pieces(step):
             for data in self._copied(step, tensor, first, rows):
                 if recorder:
@@ -119,6 +119,9 @@ class Worker:
             self._desk.notes.untouched += same is True
             self._desk.notes.changed += same is False
 
+    def _reader_of(self, step: Step) -> Reader:
+        return self._desk.released if step.is_released and self._desk.released else self._reader
+
     def _copied(self, step: Step, tensor: PlannedTensor, first: int, rows: int) -> Iterator[memoryview]:
         """Stored bytes are output bytes: read straight into the slab, and shown before they are handed on."""
         begin = (step.begin + first) * step.row_bytes
@@ -130,7 +133,7 @@ class Worker:
             room = self._sink.room()
             count = min(len(room) // width * width or 1, end - offset, _COPY_BYTES)
             data = room[:count]
-            self._reader.read_into(step.source, data, offset)
+            self._reader_of(step).read_into(step.source, data, offset)
             if dtype is not None and count % width == 0:
                 values = torch.frombuffer(data, dtype=dtype)
                 at = (offset - step.begin * step.row_bytes) // width

@@ -360,3 +360,28 @@ def test_value_that_no_code_can_hold_is_refused_and_nothing_stays(
         convert(bf16, tmp_path / "out", Target.NATIVE, allow_lossy=True)
     assert caught.value.exit_code == 3
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("release", ["flash", "flash-0731", "v4.1-flash"])
+def test_draft_stages_that_a_trainer_dropped_come_back_from_the_release(
+    sample_of: Callable[[str], Path], tmp_path: Path, release: str
+) -> None:
+    """transformers does not save mtp.*; its config still promises them."""
+    convert(sample_of(release), tmp_path / "whole", Target.BF16)
+    tuned = tmp_path / "whole"
+    (tuned / "dsv4.manifest.json").unlink()
+    for shard in sorted(tuned.glob("*.safetensors")):
+        kept = {name: t for name, t in tiny.read_shard(shard).items() if not name.startswith("mtp.")}
+        tiny.write_shard(shard, kept)
+        if not kept:
+            shard.unlink()
+
+    def forget(weight_map: dict[str, object]) -> None:
+        for name in [name for name in weight_map if name.startswith("mtp.")]:
+            del weight_map[name]
+
+    tiny.edit_weight_map(tuned, forget)
+    with pytest.raises(errors.NotConform, match="--source"):
+        convert(tuned, tmp_path / "refused", Target.NATIVE)
+    convert(tuned, tmp_path / "back", Target.NATIVE, released=sample_of(release))
+    assert files_of(tmp_path / "back") == files_of(sample_of(release))
