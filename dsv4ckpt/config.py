@@ -1,18 +1,20 @@
-"""config.json: strict, typed, bounded; and what it becomes when layers, MTP or storage change.  Knows no tensors.
+"""config.json: strict, typed, bounded; and what it becomes when layers, MTP or storage change.  Knows no shapes.
 
 Only the keys that decide which tensors exist are read; every other key is carried as it stands.
-Source: the released configs (V4: flat; V4.1: nested text_config), rules C1-C2.
+Source: the released configs (V4: flat; V4.1: nested text_config), rules C1-C2; NVIDIA's ModelOpt exports of V4;
+compressed-tensors 0.20 (QuantizationConfig, the MXFP4A16 and FP8_BLOCK presets).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from . import strictjson
 from .errors import BadConfig, Usage
-from .formats import CONFIG_NAME
+from .formats import CONFIG_NAME, QUANTS, Kind, Quant, Spelling, Storage
 
 V4, V41 = "deepseek_v4", "deepseek_v41"
 _QUANT_KEYS = ("quantization_config", "expert_dtype")
@@ -188,13 +190,198 @@ def _with_v41(common: ModelConfig, text: _Fields) -> ModelConfig:
 
 def for_bf16(document: dict[str, Any]) -> dict[str, Any]:
     """The same model stored as BF16: no key may claim quantized storage, everything else is kept."""
-    kept = {key: value for key, value in document.items() if key not in _QUANT_KEYS}
-    if isinstance(kept.get("text_config"), dict):
-        kept["text_config"] = {k: v for k, v in kept["text_config"].items() if k not in _QUANT_KEYS}
+    kept = _without(document, _QUANT_KEYS)
     kept["torch_dtype"] = "bfloat16"
     if "dtype" in kept:  # what transformers 5 writes instead
         kept["dtype"] = "bfloat16"
     return kept
+
+
+# What a config calls the experts of a storage format. No row: readers of that format want no such key.
+_EXPERT_DTYPES = {
+    Storage.FP4_FP8: "fp4",
+    Storage.FP4_FP8_32: "fp4",
+    Storage.FP8_F32SCALE: "fp8",  # without it vLLM takes the experts for FP4
+    Storage.FP8_F32SCALE_32: "fp8",
+    Storage.NVFP4: "fp4",
+    Storage.NVFP4_32: "fp4",
+}
+
+
+def for_storage(document: dict[str, Any], storage: Storage, native: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the same model in a storage format, whatever format the document describes.
+
+    native  the release's own config: it supplies the keys that say how a checkpoint is stored
+    raises  BadConfig if it lacks what the format needs, or has other tiles than the format
+    """
+    if storage is Storage.BF16:
+        return for_bf16(document)
+    released = _released_quantization(native, storage)
+    made = {key: native[key] for key in ("model_type", *_DTYPE_KEYS) if key in native}
+    expert_dtype = _EXPERT_DTYPES.get(storage)
+    if expert_dtype and native["model_type"] == V41:  # V4.1 has the key inside
+        released = _placed(released, {"expert_dtype": expert_dtype}, native["quantization_config"])
+    elif expert_dtype:
+        made["expert_dtype"] = expert_dtype
+    spelling = QUANTS[storage][Kind.EXPERT].spelling
+    if spelling is Spelling.MODELOPT:
+        released |= _modelopt(document, storage)
+        made["expert_dtype"] = expert_dtype  # its readers look here, for V4.1 too
+    made["quantization_config"] = _compressed(storage) if spelling is Spelling.COMPRESSED_PACKED else released
+    gone = [key for key in (*_QUANT_KEYS, *_DTYPE_KEYS) if key not in made]
+    return _placed(_without(document, gone), made, native)
+
+
+def _without(document: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """All but these keys. The language model of V4.1 has none of those that claim quantized storage."""
+    kept = {key: value for key, value in document.items() if key not in keys}
+    if isinstance(kept.get("text_config"), dict):
+        kept["text_config"] = {k: v for k, v in kept["text_config"].items() if k not in _QUANT_KEYS}
+    return kept
+
+
+def _placed(kept: dict[str, Any], made: Mapping[str, Any], order: Iterable[str]) -> dict[str, Any]:
+    """Set keys: each stands where it stood, else where it stands in `order`, else at the end."""
+    keys = list(kept)
+    before = -1
+    for key in order:
+        if key in made and key not in keys:
+            keys.insert(before + 1, key)
+        if key in keys:
+            before = keys.index(key)
+    keys += [key for key in made if key not in keys]
+    return {key: made[key] if key in made else kept[key] for key in keys}
+
+
+def _released_quantization(native: Mapping[str, Any], storage: Storage) -> dict[str, Any]:
+    """The release's quantization_config without what it says about experts. raises BadConfig"""
+    fields = native.get("quantization_config")
+    fields = fields if isinstance(fields, dict) else {}
+    needed = {"quant_method": "fp8", "weight_block_size": list(QUANTS[storage][Kind.DENSE].block)}
+    for key, expected in needed.items():
+        if repr(fields.get(key)) != repr(expected):  # 128.0 and true are no counts
+            raise BadConfig(
+                f"quantization_config.{key} of the release does not go with {storage.value}",
+                file=CONFIG_NAME,
+                expected=repr(expected),
+                found=repr(fields[key])[:80] if key in fields else "nothing",
+                do=f"take quantization_config from the release's own {CONFIG_NAME}",
+            )
+    return {key: value for key, value in fields.items() if key != "expert_dtype"}
+
+
+# What ModelOpt did not quantize, in its wildcards over released module names.
+_MODELOPT_IGNORED = ("*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*")
+_MODELOPT_IGNORED_IF = {  # further ones, for configs with this key
+    "engram_layer_ids": ("*.engram.*",),
+    "vision_config": ("vision.*", "aligner.*"),
+}
+
+
+def _modelopt(document: dict[str, Any], storage: Storage) -> dict[str, Any]:
+    """What ModelOpt adds to quantization_config. vLLM and SGLang switch on moe_quant_algo."""
+    expert = QUANTS[storage][Kind.EXPERT]
+    text = _Fields(_text(document), "text_config." if "text_config" in document else "")
+    group = {"group_size": expert.block.cols}
+    floats = {"dynamic": False, "num_bits": _num_bits(expert), "type": "float", **group}
+    ignored = [*_MODELOPT_IGNORED]
+    for key, patterns in _MODELOPT_IGNORED_IF.items():
+        ignored += patterns if key in document or key in text.fields else ()
+    return {
+        "moe_quant_algo": "NVFP4",
+        "quant_algo": "MIXED_PRECISION",
+        "kv_cache_quant_algo": None,
+        **group,
+        "producer": {"name": "modelopt", "version": "dsv4-nvfp4-experts"},
+        "config_groups": {
+            "group_0": {"input_activations": {**floats}, "weights": {**floats}, "targets": ["Linear"]}
+        },
+        "quantized_layers": {
+            f"layers.{layer}.ffn.experts": {"quant_algo": "NVFP4", **group}
+            for layer in range(text.count("num_hidden_layers", _MAX_LAYERS))
+        },
+        "ignore": ignored,
+    }
+
+
+# hf_quant_config.json's key for each of quantization_config's.
+_MODELOPT_MANIFEST = {
+    "moe_quant_algo": "moe_quant_algo",
+    "quant_algo": "quant_algo",
+    "kv_cache_quant_algo": "kv_cache_quant_algo",
+    "group_size": "group_size",
+    "config_groups": "config_groups",
+    "quantized_layers": "quantized_layers",
+    "ignore": "exclude_modules",
+}
+
+
+def hf_quant_config(document: dict[str, Any]) -> dict[str, Any]:
+    """The object in hf_quant_config.json that goes with a config made by for_storage for NVFP4."""
+    made = document["quantization_config"]
+    manifest = {theirs: made[ours] for ours, theirs in _MODELOPT_MANIFEST.items()}
+    return {"producer": made["producer"], "quantization": manifest}
+
+
+# Regular expressions over released module names, with or without a prefix such as `model.`.
+_CT_EXPERTS = (r"re:.*\bffn\.experts\.\d+\.w[123]$",)
+_CT_DENSE = (
+    r"re:.*\battn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)$",
+    r"re:.*\bffn\.shared_experts\.w[123]$",
+    r"re:.*\bengram\.wkv$",
+    r"re:.*\bmtp\.\d+\.(e_proj|h_proj|main_proj)$",
+)
+_CT_IGNORED = (
+    r"re:(.*\.)?(embed|head|tok_emb)$",  # Engram tables too: they stay as released
+    r"re:.*\bffn\.gate$",
+    r"re:.*\bcompressor\.(wkv|wgate)$",
+    r"re:.*\battn\.indexer\.(weights_proj|wk)$",
+    r"re:.*\b(markov_head\.markov_w[12]|confidence_head\.proj)$",
+    r"re:(.*\.)?(vision|aligner)\..*",
+)
+
+
+def _compressed(storage: Storage) -> dict[str, Any]:
+    """quantization_config of compressed-tensors: released nibbles as weight-only MXFP4, dense tiles as block FP8."""
+    expert, dense = QUANTS[storage][Kind.EXPERT], QUANTS[storage][Kind.DENSE]
+    floats = {"type": "float", "symmetric": True}
+    mxfp4 = {
+        "num_bits": _num_bits(expert),
+        **floats,
+        "strategy": "group",
+        "group_size": expert.block.cols,
+        "dynamic": False,
+        "scale_dtype": "torch.uint8",
+        "zp_dtype": "torch.uint8",
+    }
+    fp8 = {"num_bits": _num_bits(dense), **floats}
+    tiles = {**fp8, "strategy": "block", "block_structure": list(dense.block), "dynamic": False}
+    tokens = {**fp8, "strategy": "group", "group_size": dense.block.cols, "dynamic": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": list(_CT_EXPERTS),
+                "weights": mxfp4,
+                "input_activations": None,
+                "format": "mxfp4-pack-quantized",
+            },
+            "group_1": {
+                "targets": list(_CT_DENSE),
+                "weights": tiles,
+                "input_activations": tokens,
+                "format": "float-quantized",
+            },
+        },
+        "ignore": list(_CT_IGNORED),
+        "version": "0.20.0",  # whose QuantizationConfig this is
+    }
+
+
+def _num_bits(quant: Quant) -> int:
+    return 8 // quant.codes_per_element
 
 
 def for_subset(document: dict[str, Any], layers: tuple[int, ...], *, keep_mtp: bool) -> dict[str, Any]:

@@ -61,6 +61,8 @@ def with_exceptions(ruled: Tensor, packed: bytes) -> Tensor | None:
     if not packed:
         return ruled
     count, rest = divmod(len(packed), _GAP_BYTES + _SCALE_BYTES)
+    if not count:
+        return None
     gaps = torch.frombuffer(bytearray(packed[: count * _GAP_BYTES]), dtype=torch.int32)
     at = gaps.to(torch.int64).cumsum(0)
     if rest or bool((gaps < 0).any()) or int(at[-1]) >= ruled.numel():

@@ -96,7 +96,10 @@ def test_convert_to_transformers_names_and_back_gives_the_same_shards(
     convert(sample_of(release), tmp_path / "renamed", namespace=Namespace.TRANSFORMERS)
     convert(tmp_path / "renamed", tmp_path / "back", namespace=Namespace.DEEPSEEK)
     direct, back = tree_of(tmp_path / "direct"), tree_of(tmp_path / "back")
-    for bookkeeping in ("dsv4.manifest.json", "dsv4.roundtrip"):  # its parts follow the first conversion's shards
+    for bookkeeping in (
+        "dsv4.manifest.json",
+        "dsv4.roundtrip",
+    ):  # its parts follow the first conversion's shards
         del direct[bookkeeping], back[bookkeeping]
     assert direct == back
 

@@ -26,9 +26,9 @@ from dsv4ckpt.errors import NotConform, Usage
 from dsv4ckpt.formats import Storage, Target
 from dsv4ckpt.names import Namespace
 from dsv4ckpt.plan import ConvertOptions, Plan, ScalePolicy, make_plan
-from dsv4ckpt.steps import Op, PlannedFile, PlannedTensor, Step
 from dsv4ckpt.release import RELEASES, shipped_config
 from dsv4ckpt.shard import Entry
+from dsv4ckpt.steps import Op, PlannedFile, PlannedTensor, Step
 from dsv4ckpt.survey import Survey
 
 WIDTH = {"I64": 8, "F32": 4, "BF16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1}

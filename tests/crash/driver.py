@@ -15,7 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from dsv4ckpt import plan, run, source, survey
+from dsv4ckpt import original, plan, run, sidecar, source, survey
+from dsv4ckpt.formats import Target
 from dsv4ckpt.plan import ConvertOptions
 
 
@@ -49,9 +50,11 @@ def attempt(
     return os.WIFSIGNALED(status)
 
 
-def main(src: str, base: str, num_outputs: int, seed: int) -> None:
+def main(src: str, base: str, num_outputs: int, seed: int, to: str) -> None:
     checkpoint = source.open_checkpoint(src)
-    made = plan.make_plan(survey.survey(checkpoint), ConvertOptions(max_shard_bytes=400_000))
+    memory = sidecar.open_sidecar(src)
+    options = ConvertOptions(target=Target(to), max_shard_bytes=400_000)
+    made = plan.make_plan(survey.survey(checkpoint), options, original.of_sidecar(memory) if memory else None)
     times = []
     for number in range(3):
         began = time.monotonic()
@@ -88,4 +91,4 @@ def main(src: str, base: str, num_outputs: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
