@@ -1,8 +1,7 @@
-"""config.json: strict, typed, bounded; and what it becomes when layers, MTP or storage change.  Knows no shapes.
+"""config.json: strict, typed, bounded; and what it becomes when layers, MTP or storage change.  Knows no tensors.
 
 Only the keys that decide which tensors exist are read; every other key is carried as it stands.
-Source: the released configs (V4: flat; V4.1: nested text_config), rules C1-C2; NVIDIA's ModelOpt exports of V4;
-compressed-tensors 0.20 (QuantizationConfig, the MXFP4A16 and FP8_BLOCK presets).
+Source: the released configs (V4: flat; V4.1: nested text_config), rules C1-C2.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ from typing import Any, NoReturn
 
 from . import strictjson
 from .errors import BadConfig, Usage
-from .formats import CONFIG_NAME, QUANTS, Kind, Quant, Spelling, Storage
+from .formats import CONFIG_NAME, CT_FP4, QUANTS, Block, Kind, Quant, Spelling, Storage
 
 V4, V41 = "deepseek_v4", "deepseek_v41"
-_QUANT_KEYS = ("quantization_config", "expert_dtype")
+_QUANT_KEYS = ("quantization_config", "expert_dtype", "compression_config")
 _MAX_ALL_EXPERTS = 100_000  # Pro has 23,808; an inventory must not explode
 _MAX_LAYERS, _MAX_EXPERTS, _MAX_WIDTH, _MAX_ROWS = 512, 4096, 2**20, 2**34
 
@@ -190,198 +189,142 @@ def _with_v41(common: ModelConfig, text: _Fields) -> ModelConfig:
 
 def for_bf16(document: dict[str, Any]) -> dict[str, Any]:
     """The same model stored as BF16: no key may claim quantized storage, everything else is kept."""
-    kept = _without(document, _QUANT_KEYS)
+    kept = {key: value for key, value in document.items() if key not in _QUANT_KEYS}
+    if isinstance(kept.get("text_config"), dict):
+        kept["text_config"] = {k: v for k, v in kept["text_config"].items() if k not in _QUANT_KEYS}
     kept["torch_dtype"] = "bfloat16"
     if "dtype" in kept:  # what transformers 5 writes instead
         kept["dtype"] = "bfloat16"
     return kept
 
 
-# What a config calls the experts of a storage format. No row: readers of that format want no such key.
-_EXPERT_DTYPES = {
-    Storage.FP4_FP8: "fp4",
-    Storage.FP4_FP8_32: "fp4",
-    Storage.FP8_F32SCALE: "fp8",  # without it vLLM takes the experts for FP4
-    Storage.FP8_F32SCALE_32: "fp8",
-    Storage.NVFP4: "fp4",
-    Storage.NVFP4_32: "fp4",
-}
-
-
 def for_storage(document: dict[str, Any], storage: Storage, native: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the same model in a storage format, whatever format the document describes.
+    """The same model stored in another format, as the readers of that format expect it.
 
-    native  the release's own config: it supplies the keys that say how a checkpoint is stored
-    raises  BadConfig if it lacks what the format needs, or has other tiles than the format
+    document  of a checkpoint in any format
+    native    of the release itself: where quantization_config comes from
+    raises    BadConfig if the release's own config cannot describe this storage
     """
+    plain = for_bf16(document)
     if storage is Storage.BF16:
-        return for_bf16(document)
+        return plain
+    if "dtype" not in native:  # what transformers 5 writes instead of torch_dtype
+        plain.pop("dtype", None)
     released = _released_quantization(native, storage)
-    made = {key: native[key] for key in ("model_type", *_DTYPE_KEYS) if key in native}
-    expert_dtype = _EXPERT_DTYPES.get(storage)
-    if expert_dtype and native["model_type"] == V41:  # V4.1 has the key inside
-        released = _placed(released, {"expert_dtype": expert_dtype}, native["quantization_config"])
-    elif expert_dtype:
-        made["expert_dtype"] = expert_dtype
-    spelling = QUANTS[storage][Kind.EXPERT].spelling
-    if spelling is Spelling.MODELOPT:
-        released |= _modelopt(document, storage)
-        made["expert_dtype"] = expert_dtype  # its readers look here, for V4.1 too
-    made["quantization_config"] = _compressed(storage) if spelling is Spelling.COMPRESSED_PACKED else released
-    gone = [key for key in (*_QUANT_KEYS, *_DTYPE_KEYS) if key not in made]
-    return _placed(_without(document, gone), made, native)
-
-
-def _without(document: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """All but these keys. The language model of V4.1 has none of those that claim quantized storage."""
-    kept = {key: value for key, value in document.items() if key not in keys}
-    if isinstance(kept.get("text_config"), dict):
-        kept["text_config"] = {k: v for k, v in kept["text_config"].items() if k not in _QUANT_KEYS}
-    return kept
-
-
-def _placed(kept: dict[str, Any], made: Mapping[str, Any], order: Iterable[str]) -> dict[str, Any]:
-    """Set keys: each stands where it stood, else where it stands in `order`, else at the end."""
-    keys = list(kept)
-    before = -1
-    for key in order:
-        if key in made and key not in keys:
-            keys.insert(before + 1, key)
-        if key in keys:
-            before = keys.index(key)
-    keys += [key for key in made if key not in keys]
-    return {key: made[key] if key in made else kept[key] for key in keys}
+    expert = QUANTS[storage][Kind.EXPERT]
+    is_nested = "expert_dtype" in released  # V4.1 has it there
+    dense = {key: value for key, value in released.items() if key != "expert_dtype"}
+    made: dict[str, Any]
+    if expert.spelling is Spelling.COMPRESSED_PACKED:
+        made = {"quantization_config": _compressed_tensors(QUANTS[storage][Kind.DENSE].block)}
+    elif expert.spelling is Spelling.MODELOPT:
+        made = {"expert_dtype": "fp4", "quantization_config": {**released, **_modelopt(document, expert)}}
+    elif expert.codes_per_element == 1 and expert.scale != "F32":
+        made = {"quantization_config": dense}  # what SGLang takes for FP8 experts with E8M0 scales
+    else:
+        word = "fp4" if expert.codes_per_element == 2 else "fp8"
+        if is_nested:
+            made = {"quantization_config": {**released, "expert_dtype": word}}
+        elif "expert_dtype" in native or word == "fp8":
+            made = {"expert_dtype": word, "quantization_config": dense}
+        else:  # launch configs do not say it
+            made = {"quantization_config": dense}
+    made["model_type"] = V41 if document["model_type"] == V41 else V4
+    whole = {**plain, **made}
+    return {
+        key: whole[key]
+        for key in (*(key for key in native if key in whole), *(key for key in whole if key not in native))
+    }
 
 
 def _released_quantization(native: Mapping[str, Any], storage: Storage) -> dict[str, Any]:
-    """The release's quantization_config without what it says about experts. raises BadConfig"""
-    fields = native.get("quantization_config")
-    fields = fields if isinstance(fields, dict) else {}
-    needed = {"quant_method": "fp8", "weight_block_size": list(QUANTS[storage][Kind.DENSE].block)}
-    for key, expected in needed.items():
-        if repr(fields.get(key)) != repr(expected):  # 128.0 and true are no counts
-            raise BadConfig(
-                f"quantization_config.{key} of the release does not go with {storage.value}",
-                file=CONFIG_NAME,
-                expected=repr(expected),
-                found=repr(fields[key])[:80] if key in fields else "nothing",
-                do=f"take quantization_config from the release's own {CONFIG_NAME}",
-            )
-    return {key: value for key, value in fields.items() if key != "expert_dtype"}
+    """quantization_config of the release. raises BadConfig if it does not say the tiles that are stored"""
+    found = native.get("quantization_config")
+    block = QUANTS[storage][Kind.DENSE].block
+    sizes = found.get("weight_block_size") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or repr(sizes) != repr([block.rows, block.cols]):  # 32.0 is no count
+        raise BadConfig(
+            "the release's config.json does not describe its quantization",
+            file=CONFIG_NAME,
+            expected=f"quantization_config with weight_block_size {[block.rows, block.cols]}",
+            found=repr(found)[:80],
+            do="take the config.json of the release as it was published",
+        )
+    return found
 
 
-# What ModelOpt did not quantize, in its wildcards over released module names.
-_MODELOPT_IGNORED = ("*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*")
-_MODELOPT_IGNORED_IF = {  # further ones, for configs with this key
-    "engram_layer_ids": ("*.engram.*",),
-    "vision_config": ("vision.*", "aligner.*"),
-}
-
-
-def _modelopt(document: dict[str, Any], storage: Storage) -> dict[str, Any]:
-    """What ModelOpt adds to quantization_config. vLLM and SGLang switch on moe_quant_algo."""
-    expert = QUANTS[storage][Kind.EXPERT]
-    text = _Fields(_text(document), "text_config." if "text_config" in document else "")
-    group = {"group_size": expert.block.cols}
-    floats = {"dynamic": False, "num_bits": _num_bits(expert), "type": "float", **group}
-    ignored = [*_MODELOPT_IGNORED]
-    for key, patterns in _MODELOPT_IGNORED_IF.items():
-        ignored += patterns if key in document or key in text.fields else ()
-    return {
-        "moe_quant_algo": "NVFP4",
-        "quant_algo": "MIXED_PRECISION",
-        "kv_cache_quant_algo": None,
-        **group,
-        "producer": {"name": "modelopt", "version": "dsv4-nvfp4-experts"},
-        "config_groups": {
-            "group_0": {"input_activations": {**floats}, "weights": {**floats}, "targets": ["Linear"]}
-        },
-        "quantized_layers": {
-            f"layers.{layer}.ffn.experts": {"quant_algo": "NVFP4", **group}
-            for layer in range(text.count("num_hidden_layers", _MAX_LAYERS))
-        },
-        "ignore": ignored,
-    }
-
-
-# hf_quant_config.json's key for each of quantization_config's.
-_MODELOPT_MANIFEST = {
-    "moe_quant_algo": "moe_quant_algo",
-    "quant_algo": "quant_algo",
-    "kv_cache_quant_algo": "kv_cache_quant_algo",
-    "group_size": "group_size",
-    "config_groups": "config_groups",
-    "quantized_layers": "quantized_layers",
-    "ignore": "exclude_modules",
-}
-
-
-def hf_quant_config(document: dict[str, Any]) -> dict[str, Any]:
-    """The object in hf_quant_config.json that goes with a config made by for_storage for NVFP4."""
-    made = document["quantization_config"]
-    manifest = {theirs: made[ours] for ours, theirs in _MODELOPT_MANIFEST.items()}
-    return {"producer": made["producer"], "quantization": manifest}
-
-
-# Regular expressions over released module names, with or without a prefix such as `model.`.
-_CT_EXPERTS = (r"re:.*\bffn\.experts\.\d+\.w[123]$",)
-_CT_DENSE = (
-    r"re:.*\battn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)$",
-    r"re:.*\bffn\.shared_experts\.w[123]$",
-    r"re:.*\bengram\.wkv$",
-    r"re:.*\bmtp\.\d+\.(e_proj|h_proj|main_proj)$",
+_DENSE_MODULES = (
+    r"re:.*\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b)$",
+    r"re:.*\.attn\.indexer\.wq_b$",
+    r"re:.*\.ffn\.shared_experts\.w[123]$",
+    r"re:.*\.(e_proj|h_proj|main_proj)$",
+    r"re:.*\.engram\.wkv$",
 )
-_CT_IGNORED = (
-    r"re:(.*\.)?(embed|head|tok_emb)$",  # Engram tables too: they stay as released
-    r"re:.*\bffn\.gate$",
-    r"re:.*\bcompressor\.(wkv|wgate)$",
-    r"re:.*\battn\.indexer\.(weights_proj|wk)$",
-    r"re:.*\b(markov_head\.markov_w[12]|confidence_head\.proj)$",
-    r"re:(.*\.)?(vision|aligner)\..*",
-)
+# What stays BF16, and Engram tables, which stay as released.
+_PLAIN_MODULES = ("head", "embed", r"re:.*\.(head|tok_emb)$", r"re:.*\.gate$", r"re:.*\.compressor\..*",
+                  r"re:.*\.indexer\.(weights_proj|wk)$", r"re:.*\.markov_head\..*", r"re:.*\.confidence_head\..*",
+                  r"re:.*\.engram\.embed$", r"re:(vision|aligner)\..*")  # fmt: skip
 
 
-def _compressed(storage: Storage) -> dict[str, Any]:
-    """quantization_config of compressed-tensors: released nibbles as weight-only MXFP4, dense tiles as block FP8."""
-    expert, dense = QUANTS[storage][Kind.EXPERT], QUANTS[storage][Kind.DENSE]
-    floats = {"type": "float", "symmetric": True}
-    mxfp4 = {
-        "num_bits": _num_bits(expert),
-        **floats,
-        "strategy": "group",
-        "group_size": expert.block.cols,
-        "dynamic": False,
-        "scale_dtype": "torch.uint8",
-        "zp_dtype": "torch.uint8",
-    }
-    fp8 = {"num_bits": _num_bits(dense), **floats}
-    tiles = {**fp8, "strategy": "block", "block_structure": list(dense.block), "dynamic": False}
-    tokens = {**fp8, "strategy": "group", "group_size": dense.block.cols, "dynamic": True}
+def _compressed_tensors(block: Block) -> dict[str, Any]:
+    """quantization_config of compressed-tensors: FP4 experts and FP8 tiles, module names as released."""
+    number = {"type": "float", "symmetric": True}
+    fp4 = {**number, "num_bits": 4, "strategy": "group", "group_size": CT_FP4.block.cols, "dynamic": False,
+           "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}  # fmt: skip
+    fp8 = {**number, "num_bits": 8, "strategy": "block", "block_structure": list(block), "dynamic": False}
+    activations = {**number, "num_bits": 8, "strategy": "group", "group_size": block.cols, "dynamic": True}
     return {
         "quant_method": "compressed-tensors",
         "format": "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": {
-            "group_0": {
-                "targets": list(_CT_EXPERTS),
-                "weights": mxfp4,
+            "experts": {
+                "targets": [r"re:.*\.ffn\.experts\.\d+\.w[123]$"],
+                "weights": fp4,
                 "input_activations": None,
+                "output_activations": None,
                 "format": "mxfp4-pack-quantized",
             },
-            "group_1": {
-                "targets": list(_CT_DENSE),
-                "weights": tiles,
-                "input_activations": tokens,
+            "dense": {
+                "targets": list(_DENSE_MODULES),
+                "weights": fp8,
+                "input_activations": activations,
+                "output_activations": None,
                 "format": "float-quantized",
             },
         },
-        "ignore": list(_CT_IGNORED),
-        "version": "0.20.0",  # whose QuantizationConfig this is
+        "ignore": list(_PLAIN_MODULES),
+        "kv_cache_scheme": None,
+        "version": "0.12.0",  # of the format; readers of that version and later load it
     }
 
 
-def _num_bits(quant: Quant) -> int:
-    return 8 // quant.codes_per_element
+def _modelopt(document: dict[str, Any], expert: Quant) -> dict[str, Any]:
+    """What ModelOpt's readers look for beside the released keys. `moe_quant_algo` is the switch of vLLM and SGLang."""
+    width = expert.block.cols
+    numbers = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": width}
+    layer = {"quant_algo": "NVFP4", "group_size": width}
+    return {
+        "moe_quant_algo": "NVFP4",
+        "quant_algo": "MIXED_PRECISION",
+        "kv_cache_quant_algo": None,
+        "group_size": width,
+        "producer": {"name": "modelopt", "version": "dsv4-nvfp4-experts"},
+        "config_groups": {
+            "group_0": {"input_activations": numbers, "weights": numbers, "targets": ["Linear"]}
+        },
+        "quantized_layers": {
+            f"layers.{number}.ffn.experts": layer for number in range(_text(document)["num_hidden_layers"])
+        },
+        "ignore": ["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"],
+    }
+
+
+def hf_quant_config(document: dict[str, Any]) -> dict[str, Any]:
+    """hf_quant_config.json for a config.json of NVFP4 storage: the same manifest, where ModelOpt's tools look first."""
+    manifest = dict(document["quantization_config"])
+    producer, ignored = manifest.pop("producer"), manifest.pop("ignore")
+    return {"producer": producer, "quantization": {**manifest, "exclude_modules": ignored}}
 
 
 def for_subset(document: dict[str, Any], layers: tuple[int, ...], *, keep_mtp: bool) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def _fp8_pairs() -> _Pairs:
     gap = torch.arange(_SATURATED_GAP, _FLUSHED_GAP + 1)
     exact = torch.ldexp(torch.ones_like(gap, dtype=torch.float64), _FP8_HEADROOM - gap)[:, None] * grid
     magnitude, changed = _e4m3_codes(exact)
-    codes = torch.cat([magnitude, magnitude | 0x80], 1)  # zero included: code 8 is -0
+    codes = torch.cat([magnitude, magnitude | 1 << 7], 1)  # zero included: code 8 is -0
     changed = torch.cat([changed, changed], 1).to(torch.uint8)
     byte = torch.arange(256)
     pairs = codes[:, byte & 15] | codes[:, byte >> 4] << 8

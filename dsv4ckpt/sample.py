@@ -2,7 +2,7 @@
 
 Owns the values and the small files; shapes come from the inventory.  Deterministic: a tensor's bytes depend on the seed
 and its name alone.  The codes hold what real files hold: -0 in about a tenth of the packed bytes, blocks whose largest
-value is 3, all-zero blocks, several scale exponents in a tile, odd FP8 subnormals.
+value is 3, all-zero blocks, several scale exponents in a tile, odd FP8 subnormals, Engram blocks that reach 224 to 448.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from .threads import one_torch_thread
 from .tokenizer import tokenizer_files
 
 _PIECE_BYTES = 4 * 1024 * 1024
-_FP4_STD, _FP8_STD = 1.9, 80.0  # standard deviation of the codes' values, as the released rule makes it
+# Standard deviation of the codes' values, as the released rule makes it: the more values share a scale, the smaller.
+_FP4_STD, _FP8_STD, _TABLE_STD = 1.9, 80.0, 150.0
 _NORMAL = NormalDist()
 
 
@@ -302,8 +303,28 @@ def _fp4_table() -> Tensor:
 @functools.cache
 def _fp8_table() -> Tensor:
     """uint8 [65536]: an E4M3 code for a 16-bit number: normal, and one in 128 a subnormal."""
+    return _e4m3_codes(_normal_table() * _FP8_STD)
+
+
+@functools.cache
+def _row_table() -> Tensor:
+    """uint8 [4 * 65536]: an E4M3 code for (class of block << 16 | 16-bit number), for blocks as small as a table's.
+
+    Classes: zeros; at most 224; values beyond 432 mirrored at it, so that few blocks reach 448; at most 448.
+    """
+    draws = _normal_table() * _TABLE_STD
+    mirrored = torch.where(draws.abs() > 432, draws.sign() * 864 - draws, draws)
+    return torch.cat(
+        [
+            torch.zeros(65536, dtype=torch.uint8),
+            *(_e4m3_codes(values) for values in (draws.clamp(-224, 224), mirrored, draws)),
+        ]
+    )
+
+
+def _e4m3_codes(draws: Tensor) -> Tensor:
+    """uint8 [65536]: the nearest E4M3 codes of 65536 numbers, with one in 128 replaced by a subnormal."""
     values = torch.arange(0, 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float64)
-    draws = _normal_table() * _FP8_STD
     code = torch.bucketize(draws.abs(), (values[1:] + values[:-1]) / 2).clamp(max=0x7E)
     number = torch.arange(65536)
     code = torch.where(number % 128 == 0, number // 128 % 8, code)
@@ -313,6 +334,8 @@ def _fp8_table() -> Tensor:
 # Classes of FP4 blocks for a uniform byte: 1 of 256 is all zero, 28 are bounded by 3, 150 by 4, 77 by 6.  An eighth of
 # the larger ones stays at 3 by chance, so that 22 % of all blocks do, as the released rule makes them.
 _BLOCK_CLASSES = (0,) * 1 + (1,) * 28 + (2,) * 150 + (3,) * 77
+# The same for table rows: DeepSeek's rule leaves log2(232 / 224) = 5 % of all blocks at 224 and as many at 448.
+_ROW_CLASSES = (0,) * 1 + (1,) * 10 + (2,) * 140 + (3,) * 105
 
 
 def _uniform(generator: torch.Generator, count: int) -> Tensor:
@@ -335,16 +358,29 @@ def _fp4_codes(generator: torch.Generator, count: int) -> Tensor:
     return torch.index_select(_fp4_table(), 0, number)
 
 
+def _row_codes(generator: torch.Generator, count: int) -> Tensor:
+    number = _uniform(generator, 2 * count).view(torch.uint16).to(torch.int32)
+    cols = formats.FP8_ROW_32.block.cols  # divides the widths of all tables, and the pieces
+    chosen = torch.tensor(_ROW_CLASSES, dtype=torch.int32)[_uniform(generator, count // cols).to(torch.int32)]
+    number.view(-1, cols).add_(chosen[:, None] << 16)
+    return torch.index_select(_row_table(), 0, number)
+
+
 def _scales(stored: Stored, generator: torch.Generator, count: int) -> Tensor:
     """Exponents around the one that gives values of variance 1 / fan-in; three neighbours of it occur."""
     assert stored.scale_of is not None
     fan_in = stored.parts[0].logical.shape[-1]
-    std = _FP4_STD if stored.scale_of.codes_per_element == 2 else _FP8_STD
+    fp8_std = _TABLE_STD if _is_table(stored) else _FP8_STD
+    std = _FP4_STD if stored.scale_of.codes_per_element == 2 else fp8_std
     exponent = round(math.log2(fan_in**-0.5 / std))
     jitter = torch.tensor([-1, 0, 0, 1], dtype=torch.int32)[_uniform(generator, count).to(torch.int32) & 3]
     if stored.dtype == "F32":
         return torch.ldexp(torch.ones(count), jitter + exponent)
     return (jitter + exponent + formats.E8M0_BIAS).to(torch.uint8)
+
+
+def _is_table(stored: Stored) -> bool:
+    return bool(stored.parts) and stored.parts[0].logical.kind is Kind.TABLE
 
 
 def _spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
@@ -370,6 +406,8 @@ def _maker(
         return formats.DTYPE_BITS[stored.dtype] // 8, functools.partial(_scales, stored)
     if stored.dtype == "I8":
         return 1, _fp4_codes
+    if stored.dtype == "F8_E4M3" and _is_table(stored):
+        return 1, _row_codes
     if stored.dtype == "F8_E4M3":
         return 1, functools.partial(_looked_up, _fp8_table())
     if stored.parts and stored.parts[0].logical.kind is Kind.I64:

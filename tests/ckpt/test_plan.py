@@ -537,7 +537,8 @@ def test_document_is_json_and_names_no_place_or_time(survey_of: SurveyOf, sample
     assert str(sample_of("flash")) not in text
     assert str(Path.home()) not in text
     assert set(json.loads(text)) == {
-        "tool", "release", "source", "options", "files", "written", "copied", "dropped", "layout", "sidecar", "original",
+        "tool", "release", "source", "options", "files", "written", "copied", "dropped", "layout", "sidecar",
+        "original",
     }  # fmt: skip
 
 

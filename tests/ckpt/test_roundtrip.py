@@ -321,7 +321,7 @@ def test_sidecar_of_another_size_is_refused(bf16: Path, tmp_path: Path) -> None:
 
     sample.write_sample(sample.plan_sample(sample.SampleOptions(experts=10)), str(tmp_path / "wide"))
     convert(tmp_path / "wide", tmp_path / "other", Target.BF16)
-    with pytest.raises(errors.BadSidecar, match="differs|no tensor"):
+    with pytest.raises(errors.BadSidecar, match=r"differs|no tensor"):
         convert(bf16, tmp_path / "out", Target.NATIVE, memory=tmp_path / "other")
 
 

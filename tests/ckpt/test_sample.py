@@ -261,6 +261,64 @@ def test_odd_fp8_subnormals_occur_and_nan_codes_do_not(release: str, sample_of: 
     assert 0x7F not in magnitude
 
 
+@functools.cache
+def table_magnitudes(directory: Path) -> torch.Tensor:
+    """uint8 [blocks, 32]: the codes of the Engram tables without their signs."""
+    found = [value for name, value in loaded(directory).items() if name.endswith(".engram.embed.weight")]
+    assert found
+    return torch.cat([value.view(torch.uint8).reshape(-1, 32) & 0x7F for value in found])
+
+
+def test_table_blocks_reach_224_to_448_like_those_of_deepseeks_quantizer(sample_of: SampleOf) -> None:
+    """Rule ceil(amax / 448): 224 and 448 are what 5 % of all blocks reach each, log2(232 / 224) and log2(448 / 432)."""
+    largest = table_magnitudes(sample_of("v4.1-flash")).amax(1)
+    share = {code: float((largest == code).double().mean()) for code in (0x00, 0x76, 0x7E)}
+    assert 0.03 < share[0x76] < 0.07 and 0.03 < share[0x7E] < 0.07
+    assert 0.001 < share[0x00] < 0.01
+    assert 0.005 < float((largest < 0x76).double().mean()) < 0.015
+    assert set(range(0x77, 0x7E)) <= set(largest.tolist())
+
+
+def test_tables_hold_odd_subnormals_and_both_signs(sample_of: SampleOf) -> None:
+    magnitudes = table_magnitudes(sample_of("v4.1-flash"))
+    odd = (magnitudes < 8) & (magnitudes % 2 == 1)
+    assert 0.002 < float(odd.double().mean()) < 0.008
+    tables = [
+        v for name, v in loaded(sample_of("v4.1-flash")).items() if name.endswith("engram.embed.weight")
+    ]
+    signs = torch.cat([(value.view(torch.uint8) >> 7).flatten() for value in tables])
+    assert 0.49 < float(signs.double().mean()) < 0.51
+
+
+@pytest.mark.parametrize(("release", "tile"), [("flash", 128), ("pro-base", 128), ("v4.1-flash", 32)])
+def test_dense_tiles_reach_224(release: str, tile: int, sample_of: SampleOf) -> None:
+    """What DeepSeek's rule writes. Tiles cut off by the edge have fewer values and are left out."""
+    largest = [
+        int(block.max())
+        for name, value in loaded(sample_of(release)).items()
+        if value.dtype == torch.float8_e4m3fn and not name.endswith("engram.embed.weight")
+        for rows in (value.view(torch.uint8) & 0x7F).split(tile)
+        for block in rows.split(tile, 1)
+        if block.shape == (tile, tile)
+    ]
+    assert sum(code >= 0x76 for code in largest) > 0.98 * len(largest)
+
+
+def test_streamed_table_is_the_same_whatever_the_number_of_its_rows(tmp_path: Path) -> None:
+    """A table is drawn in pieces; its first rows do not depend on how many follow."""
+    made = plan_sample(SampleOptions(release="v4.1-flash"))
+    model = config.read(made.document)
+    table = next(
+        item for file in made.files for item in file.tensors if item.name.endswith("engram.embed.weight")
+    )
+    short = list(sample._pieces(table, model, 0))
+    long = list(sample._pieces(replace(table, shape=(40_000, table.shape[1])), model, 0))
+    assert len(long) > 1 and len(short) == 1
+    count = sample._PIECE_BYTES // 2
+    assert not torch.equal(long[0][:count], long[1][: min(count, long[1].numel())])
+    assert all(piece.numel() % 32 == 0 for piece in long)
+
+
 @pytest.mark.parametrize("release", RELEASES)
 def test_fp8_codes_have_both_signs_of_zero(release: str, sample_of: SampleOf) -> None:
     assert {0x00, 0x80} <= set(fp8_codes(sample_of(release)).unique().tolist())

@@ -74,6 +74,8 @@ def table(data: dict[str, bytes], change: Callable[[list[object]], object], numb
     data[f"table.{number}"] = zlib.compress(json.dumps(rows).encode())
 
 
+ONE, THREE = (f"header.model-0000{number}-of-00007.safetensors" for number in (1, 3))
+OUTSIDE = "header.../../x.safetensors"
 EDITS: dict[str, Edit] = {
     "another format": lambda metadata, data: metadata.update(format="dsv4ckpt roundtrip 9"),
     "no format": lambda metadata, data: metadata.pop("format"),
@@ -84,12 +86,12 @@ EDITS: dict[str, Edit] = {
     "config is no zlib": lambda metadata, data: data.update({"config.json": b"{}"}),
     "config is a bomb": lambda metadata, data: data.update({"config.json": zlib.compress(bytes(1 << 28))}),
     "config is no object": lambda metadata, data: data.update({"config.json": zlib.compress(b"[1]")}),
-    "header that leads outside": lambda metadata, data: data.update({"header.../../x.safetensors": zlib.compress(b"x")}),
+    "header that leads outside": lambda metadata, data: data.update({OUTSIDE: zlib.compress(b"x")}),
     "header of an absolute path": lambda metadata, data: data.update({"header./x.safetensors": zlib.compress(b"x")}),
-    "header that is none": lambda metadata, data: data.update({"header.model-00001-of-00007.safetensors": zlib.compress(b"12345678{")}),
-    "header bomb": lambda metadata, data: data.update({"header.model-00001-of-00007.safetensors": zlib.compress(bytes(1 << 27), 9)}),
-    "a header missing": lambda metadata, data: data.pop("header.model-00003-of-00007.safetensors"),
-    "a header twice under other names": lambda metadata, data: data.update({"header.more.safetensors": data["header.model-00003-of-00007.safetensors"]}),
+    "header that is none": lambda metadata, data: data.update({ONE: zlib.compress(b"12345678{")}),
+    "header bomb": lambda metadata, data: data.update({ONE: zlib.compress(bytes(1 << 27), 9)}),
+    "a header missing": lambda metadata, data: data.pop(THREE),
+    "a header twice under other names": lambda metadata, data: data.update({"header.more.safetensors": data[THREE]}),
     "table is no zlib": lambda metadata, data: data.update({"table.1": b"123"}),
     "table is no list": lambda metadata, data: data.update({"table.1": zlib.compress(b"{}")}),
     "table is empty": lambda metadata, data: data.update({"table.1": zlib.compress(b"[]")}),
@@ -103,7 +105,7 @@ EDITS: dict[str, Edit] = {
     "hashes changed": lambda metadata, data: data.update({"hashes.1": b"\0" * len(data["hashes.1"])}),
     "hashes missing": lambda metadata, data: data.pop("hashes.1"),
     "blobs missing": lambda metadata, data: data.pop("blobs.1"),
-    "tensors of a layer unknown": lambda metadata, data: [data.pop(f"{what}.1") for what in ("table", "hashes", "blobs")],
+    "a layer unknown": lambda metadata, data: [data.pop(f"{kind}.1") for kind in ("table", "hashes", "blobs")],
 }  # fmt: skip
 
 
