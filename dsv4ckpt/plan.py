@@ -319,15 +319,17 @@ def _written(
     released: Original | None,
 ) -> dict[str, bytes]:
     """config.json, the index, and what else a storage format asks for; the released ones where they still hold."""
-    shipped = released.config if released else shipped_config(survey.identity.release.name)
-    made = configs.for_storage(document, storage, shipped)
-    config = strictjson.pretty(made)
     if released and configs.for_bf16(released.config) == configs.for_bf16(document):
-        config = released.remembered.config
-    index = index_bytes((file.name, file.tensors) for file in files)
-    if released:
-        index = released.remembered.weight_map or index
-    written = {CONFIG_NAME: config, INDEX_NAME: index}
+        written = {CONFIG_NAME: released.remembered.config}
+        made = released.config
+    else:
+        shipped = released.config if released else shipped_config(survey.identity.release.name)
+        made = configs.for_storage(document, storage, shipped)
+        written = {CONFIG_NAME: strictjson.pretty(made)}
+    if released is None:
+        written[INDEX_NAME] = index_bytes((file.name, file.tensors) for file in files)
+    elif released.remembered.weight_map is not None:  # a single file needs none
+        written[INDEX_NAME] = released.remembered.weight_map
     if formats.QUANTS[storage] and formats.QUANTS[storage][Kind.EXPERT].spelling is Spelling.MODELOPT:
         written[_MODELOPT_CONFIG] = strictjson.pretty(configs.hf_quant_config(made))
     return written

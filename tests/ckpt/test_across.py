@@ -390,3 +390,41 @@ def test_run_that_lost_a_part_of_its_sidecar_makes_that_shard_again(flash: Path,
 def test_selection_of_layers_leaves_no_sidecar(flash: Path, tmp_path: Path) -> None:
     convert(flash, tmp_path / "two", Target.BF16, layers=(0, 1))
     assert not (tmp_path / "two" / SIDECAR_NAME).exists()
+
+
+def test_single_file_without_an_index_comes_back_without_one(flash: Path, tmp_path: Path) -> None:
+    checkpoint = tiny.copy_of(flash, tmp_path / "checkpoint")
+    together = tensors_of(checkpoint)
+    for shard in checkpoint.glob("*.safetensors"):
+        shard.unlink()
+    (checkpoint / tiny.INDEX).unlink()
+    tiny.write_shard(checkpoint / "model.safetensors", together)
+    convert(checkpoint, tmp_path / "bf16", Target.BF16)
+    convert(tmp_path / "bf16", tmp_path / "back", Target.NATIVE)
+    assert files_of(tmp_path / "back") == files_of(checkpoint)
+
+
+def test_config_that_lacks_the_quantization_comes_back_as_it_was(flash: Path, tmp_path: Path) -> None:
+    """Launch configs have no expert_dtype; somebody's may lack more. The stored bytes are what is restored."""
+    checkpoint = tiny.copy_of(flash, tmp_path / "checkpoint")
+    tiny.edit_json(
+        checkpoint / "config.json",
+        lambda document: [document.pop(key) for key in ("quantization_config", "expert_dtype")],
+    )
+    convert(checkpoint, tmp_path / "bf16", Target.BF16)
+    convert(tmp_path / "bf16", tmp_path / "back", Target.NATIVE)
+    assert files_of(tmp_path / "back") == files_of(checkpoint)
+
+
+def test_config_edited_by_a_trainer_keeps_its_keys_and_gets_the_quantization_back(
+    flash: Path, tmp_path: Path
+) -> None:
+    convert(flash, tmp_path / "bf16", Target.BF16)
+    (tmp_path / "bf16" / "dsv4.manifest.json").unlink()
+    tiny.edit_json(
+        tmp_path / "bf16" / "config.json", lambda document: document.update(rope_theta=20000, note="tuned")
+    )
+    convert(tmp_path / "bf16", tmp_path / "back", Target.NATIVE)
+    document = json.loads((tmp_path / "back" / "config.json").read_text())
+    released = json.loads((flash / "config.json").read_text())
+    assert document == {**released, "rope_theta": 20000, "note": "tuned"}

@@ -1,16 +1,22 @@
-"""dsv4ckpt.config: strict reading, and the configs of outputs.  The released configs are the data."""
+"""dsv4ckpt.config: strict reading, and the configs of outputs.  The released configs are the data.
+
+What other tools expect is asked of the tools themselves (transformers, compressed-tensors) where they are installed;
+the ModelOpt keys are written out as NVIDIA publishes them.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dsv4ckpt import config, inventory
 from dsv4ckpt.errors import BadConfig, Usage
+from dsv4ckpt.formats import Kind, Storage, Target, storage_of
 from dsv4ckpt.release import RELEASES, shipped_config
 
 V4 = [name for name in RELEASES if name != "v4.1-flash"]
@@ -72,6 +78,297 @@ def test_for_bf16_keeps_unknown_keys_of_any_kind() -> None:
 def test_for_bf16_of_its_own_result_changes_nothing(release: str) -> None:
     made = config.for_bf16(fresh(release))
     assert config.for_bf16(made) == made
+
+
+# ---- for_storage
+
+FP8 = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "scale_fmt": "ue8m0",
+    "weight_block_size": [128, 128],
+}
+FP8_V41 = {
+    "activation_scheme": "dynamic",
+    "quant_method": "fp8",
+    "scale_fmt": "ue8m0",
+    "weight_block_size": [32, 32],
+}
+EVERY = [(release, target) for release in RELEASES for target in Target]
+
+
+def target_of(release: str, target: Target) -> Storage:
+    return storage_of(target, RELEASES[release].storage)
+
+
+def stored_as(target: Target, release: str, document: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The config of a release (or of this document of it) for a target."""
+    return config.for_storage(document or fresh(release), target_of(release, target), fresh(release))
+
+
+def keys_of(value: object) -> set[str]:
+    """Every key in a JSON value, at any depth."""
+    if isinstance(value, dict):
+        return set(value) | {key for inner in value.values() for key in keys_of(inner)}
+    return {key for inner in value for key in keys_of(inner)} if isinstance(value, list) else set()
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_for_storage_bf16_is_for_bf16(release: str) -> None:
+    assert stored_as(Target.BF16, release) == config.for_bf16(fresh(release))
+
+
+@pytest.mark.parametrize(("release", "target"), EVERY)
+def test_for_storage_and_back_gives_the_shipped_config_with_its_order(release: str, target: Target) -> None:
+    made = stored_as(target, release)
+    back = stored_as(Target.NATIVE, release, made)
+    assert json.dumps(back) == json.dumps(shipped_config(release))
+
+
+@pytest.mark.parametrize("target", Target)
+@pytest.mark.parametrize("release", ["flash", "flash-base", "vision-exp", "v4.1-flash"])
+def test_for_storage_does_not_depend_on_the_format_it_comes_from(release: str, target: Target) -> None:
+    direct = json.dumps(stored_as(target, release))
+    for way in Target:
+        assert json.dumps(stored_as(target, release, stored_as(way, release))) == direct
+
+
+@pytest.mark.parametrize(("release", "target"), EVERY)
+def test_for_storage_keeps_every_other_key_and_its_arguments(release: str, target: Target) -> None:
+    document, native = {**fresh(release), "own": [1, None]}, fresh(release)
+    before = copy.deepcopy((document, native))
+    made = config.for_storage(document, target_of(release, target), native)
+    assert (document, native) == before
+    changing = {"quantization_config", "expert_dtype"}
+    assert {k: v for k, v in made.items() if k not in changing} == {
+        k: v for k, v in document.items() if k not in changing
+    }
+
+
+@pytest.mark.parametrize(
+    ("target", "word"),
+    [(Target.FP8, None), (Target.FP8_F32SCALE, "fp8"), (Target.NVFP4, "fp4"), (Target.MXFP4_CT, None)],
+)
+@pytest.mark.parametrize("release", V4)
+def test_for_storage_says_expert_dtype_where_readers_want_it(
+    release: str, target: Target, word: str | None
+) -> None:
+    made = stored_as(target, release)
+    assert made.get("expert_dtype") == word
+    assert ("expert_dtype" in made) == (word is not None)
+    assert "expert_dtype" not in made["quantization_config"]
+
+
+@pytest.mark.parametrize("target", [Target.FP8, Target.FP8_F32SCALE])
+@pytest.mark.parametrize("release", V4)
+def test_for_storage_fp8_has_quantization_config_as_released(release: str, target: Target) -> None:
+    assert stored_as(target, release)["quantization_config"] == FP8
+
+
+def test_for_storage_fp8_of_v41_says_expert_dtype_inside_or_not_at_all() -> None:
+    sglang = stored_as(Target.FP8, "v4.1-flash")
+    assert sglang["quantization_config"] == FP8_V41 and "expert_dtype" not in keys_of(sglang)
+    vllm = stored_as(Target.FP8_F32SCALE, "v4.1-flash")
+    assert vllm["quantization_config"] == {**FP8_V41, "expert_dtype": "fp8"} and "expert_dtype" not in vllm
+
+
+@pytest.mark.parametrize(("release", "target"), EVERY)
+def test_for_storage_leaves_no_key_of_another_format(release: str, target: Target) -> None:
+    own = {
+        Target.NVFP4: {"moe_quant_algo", "quant_algo", "quantized_layers", "producer", "config_groups"},
+        Target.MXFP4_CT: {"quantization_status", "config_groups", "format", "kv_cache_scheme"},
+    }
+    foreign = set().union(*own.values(), {"compression_config"}) - own.get(target, set())
+    if target in (Target.BF16, Target.MXFP4_CT):
+        foreign |= FP8.keys() - {"quant_method"}
+    for way in Target:
+        document = {**stored_as(way, release), "compression_config": {"format": "x"}}
+        assert not keys_of(stored_as(target, release, document)) & foreign
+
+
+def test_for_storage_takes_the_dtype_key_of_the_release() -> None:
+    """transformers 5 writes `dtype`."""
+    document = {key: value for key, value in fresh("flash").items() if key != "torch_dtype"}
+    made = stored_as(Target.NATIVE, "flash", {**document, "dtype": "bfloat16"})
+    assert json.dumps(made) == json.dumps(shipped_config("flash"))
+
+
+@pytest.mark.parametrize("target", [target for target in Target if target is not Target.BF16])
+def test_for_storage_writes_no_model_type_of_launchers(target: Target) -> None:
+    """The mirror of the published FP8 repackage says deepseek_ref."""
+    made = stored_as(target, "flash", {**fresh("flash"), "model_type": "deepseek_ref"})
+    assert made["model_type"] == "deepseek_v4"
+    assert stored_as(target, "v4.1-flash")["model_type"] == "deepseek_v41"
+
+
+@pytest.mark.parametrize("release", V4)
+def test_for_storage_nvfp4_is_what_nvidia_publishes(release: str) -> None:
+    floats = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+    layers = fresh(release)["num_hidden_layers"]
+    assert stored_as(Target.NVFP4, release)["quantization_config"] == {
+        **FP8,
+        "moe_quant_algo": "NVFP4",
+        "quant_algo": "MIXED_PRECISION",
+        "kv_cache_quant_algo": None,
+        "group_size": 16,
+        "producer": {"name": "modelopt", "version": "dsv4-nvfp4-experts"},
+        "config_groups": {"group_0": {"input_activations": floats, "weights": floats, "targets": ["Linear"]}},
+        "quantized_layers": {
+            f"layers.{layer}.ffn.experts": {"quant_algo": "NVFP4", "group_size": 16}
+            for layer in range(layers)
+        },
+        "ignore": ["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"],
+    }
+
+
+def test_for_storage_nvfp4_of_v41_keeps_what_the_release_says() -> None:
+    made = stored_as(Target.NVFP4, "v4.1-flash")
+    assert {**FP8_V41, "expert_dtype": "fp4"}.items() <= made["quantization_config"].items()
+    assert made["expert_dtype"] == "fp4"
+    assert len(made["quantization_config"]["quantized_layers"]) == 40
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_for_storage_nvfp4_names_the_layers_of_a_subset(release: str) -> None:
+    document = config.for_subset(fresh(release), (0, 1, 2, 3), keep_mtp=False)
+    rows = stored_as(Target.NVFP4, release, document)["quantization_config"]["quantized_layers"]
+    assert list(rows) == [f"layers.{layer}.ffn.experts" for layer in range(4)]
+
+
+@pytest.mark.parametrize("release", ["flash", "v4.1-flash"])
+def test_hf_quant_config_is_the_same_manifest_under_modelopts_keys(release: str) -> None:
+    made = stored_as(Target.NVFP4, release)
+    before = copy.deepcopy(made)
+    found = config.hf_quant_config(made)
+    assert made == before
+    assert list(found) == ["producer", "quantization"]
+    assert found["producer"] == {"name": "modelopt", "version": "dsv4-nvfp4-experts"}
+    manifest = found["quantization"]
+    assert manifest["exclude_modules"] == made["quantization_config"]["ignore"]
+    assert "ignore" not in manifest and "producer" not in manifest
+    same = {key: value for key, value in manifest.items() if key != "exclude_modules"}
+    assert same.items() <= made["quantization_config"].items()
+    assert {"quant_algo", "kv_cache_quant_algo", "quantized_layers", "config_groups"} <= same.keys()
+
+
+def groups_of(release: str) -> dict[str, Any]:
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    made = stored_as(Target.MXFP4_CT, release)["quantization_config"]
+    parsed = quantization.QuantizationConfig.model_validate(made)
+    return {"parsed": parsed, **{group.format: group for group in parsed.config_groups.values()}}
+
+
+@pytest.mark.parametrize(
+    ("release", "tile"), [(name, 32 if name == "v4.1-flash" else 128) for name in RELEASES]
+)
+def test_for_storage_compressed_tensors_is_what_the_package_reads(release: str, tile: int) -> None:
+    scheme = pytest.importorskip("compressed_tensors.quantization.quant_scheme")
+    groups = groups_of(release)
+    parsed = groups.pop("parsed")
+    assert set(groups) == {"mxfp4-pack-quantized", "float-quantized"}
+    assert (parsed.quant_method, parsed.format) == ("compressed-tensors", "mixed-precision")
+    assert parsed.quantization_status == "compressed"
+    experts, dense = groups["mxfp4-pack-quantized"], groups["float-quantized"]
+    assert experts.weights == scheme.MXFP4A16["weights"] and experts.input_activations is None
+    preset = copy.deepcopy(scheme.FP8_BLOCK)
+    preset["weights"].block_structure = [tile, tile]
+    preset["input_activations"].group_size = tile
+    assert (dense.weights, dense.input_activations) == (preset["weights"], preset["input_activations"])
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("release", RELEASES)
+def test_for_storage_compressed_tensors_targets_exactly_the_modules_that_are_quantized(
+    release: str, prefix: str
+) -> None:
+    match_name = pytest.importorskip("compressed_tensors.utils.match").match_name
+    groups = groups_of(release)
+    ignored = groups.pop("parsed").ignore
+    wanted = {
+        Kind.EXPERT: {"mxfp4-pack-quantized"},
+        Kind.DRAFT_EXPERT: {"mxfp4-pack-quantized"},
+        Kind.DENSE: {"float-quantized"},
+    }
+    document = fresh(release)
+    text_of(document)["n_routed_experts"] = 6
+    for item in inventory.logical_tensors(config.read(document), RELEASES[release].family):
+        module, _, leaf = item.name.rpartition(".")
+        if leaf != "weight":
+            continue
+        name = (prefix if module.startswith("layers.") else "") + module
+        hit = {kind for kind, group in groups.items() if any(match_name(name, t) for t in group.targets)}
+        skipped = any(match_name(name, pattern) for pattern in ignored)
+        assert hit == wanted.get(item.kind, set()), name
+        assert not (hit and skipped), name
+        if len(item.shape) == 2 and not hit:
+            assert skipped, f"{name} is a matrix in neither list"
+
+
+@pytest.mark.parametrize(
+    "module", ["vision.blocks.0.attn.qkv", "aligner.w1", "mtp.0.head", "mtp.0.emb.tok_emb"]
+)
+def test_for_storage_compressed_tensors_ignores_the_vision_side_and_the_copies_of_base(module: str) -> None:
+    match_name = pytest.importorskip("compressed_tensors.utils.match").match_name
+    assert any(match_name(module, pattern) for pattern in groups_of("flash")["parsed"].ignore)
+
+
+@pytest.mark.parametrize("target", Target)
+@pytest.mark.parametrize("release", V4)
+def test_transformers_reads_the_configs_of_every_target(release: str, target: Target, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    made = stored_as(target, release)
+    (tmp_path / "config.json").write_text(json.dumps(made))
+    found = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert type(found).__name__ == "DeepseekV4Config"
+    read = getattr(found, "quantization_config", {})  # transformers adds expert_dtype to it
+    assert {**read, **made.get("quantization_config", {})} == read
+    assert bool(read) == (target is not Target.BF16)
+    assert read.get("expert_dtype") == made.get("expert_dtype")
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_transformers_reads_the_compressed_tensors_quantization(release: str) -> None:
+    pytest.importorskip("compressed_tensors")
+    module = pytest.importorskip("transformers.utils.quantization_config")
+    made = stored_as(Target.MXFP4_CT, release)["quantization_config"]
+    assert module.CompressedTensorsConfig.from_dict(made).is_quantized
+
+
+QUANTIZED = [target for target in Target if target is not Target.BF16]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [None, [64, 64], [128], [128, 128, 1], "128x128", 128, [128.0, 128.0], [True, True], ["128", "128"]],
+)
+@pytest.mark.parametrize("target", QUANTIZED)
+def test_for_storage_refuses_a_release_whose_tiles_are_not_those_of_the_storage(
+    target: Target, sizes: object
+) -> None:
+    native = {**fresh("flash"), "quantization_config": {**FP8, "weight_block_size": sizes}}
+    with pytest.raises(BadConfig) as caught:
+        config.for_storage(fresh("flash"), target_of("flash", target), native)
+    assert {"file", "expected", "found", "do"} <= caught.value.facts.keys()
+    assert "[128, 128]" in caught.value.facts["expected"] and caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("broken", [None, [], "fp8", {}, {"quant_method": "fp8"}])
+@pytest.mark.parametrize("target", QUANTIZED)
+def test_for_storage_refuses_a_release_without_its_quantization(target: Target, broken: object) -> None:
+    native = fresh("flash")
+    for given in ({**native, "quantization_config": broken}, config.for_bf16(native)):
+        with pytest.raises(BadConfig, match="quantization"):
+            config.for_storage(fresh("flash"), target_of("flash", target), given)
+
+
+def test_for_storage_refuses_the_tiles_of_another_release() -> None:
+    with pytest.raises(BadConfig, match=r"\[32, 32\]"):
+        config.for_storage(fresh("v4.1-flash"), Storage.FP8_32, fresh("flash"))
+
+
+def test_for_storage_bf16_needs_nothing_of_the_release() -> None:
+    assert config.for_storage(fresh("flash"), Storage.BF16, {}) == config.for_bf16(fresh("flash"))
 
 
 # ---- for_subset

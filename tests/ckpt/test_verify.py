@@ -26,7 +26,16 @@ from dsv4ckpt import compare, decode_plain, formats, run, sample, source, survey
 from dsv4ckpt.compare import Verdict, verify_values
 from dsv4ckpt.decode_plain import Rows
 from dsv4ckpt.errors import BadManifest, Interrupted, MissingFile, UnsafePath, Usage
-from dsv4ckpt.formats import CT_FP4, FP8_TILE_F32, INDEX_NAME, MANIFEST_NAME, NVFP4_EXPERT, Block, Quant
+from dsv4ckpt.formats import (
+    CT_FP4,
+    FP8_TILE_F32,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    NVFP4_EXPERT,
+    SIDECAR_NAME,
+    Block,
+    Quant,
+)
 from dsv4ckpt.names import Namespace
 from dsv4ckpt.release import RELEASES
 from dsv4ckpt.survey import Survey
@@ -973,7 +982,7 @@ def test_files_of_a_copy_are_identical_and_no_shard_is_read_again(
     assert report.ok and not not_identical(report)
     assert {"config.json", INDEX_NAME, "LICENSE", "inference/config.json"} <= set(read)
     assert not [name for name in read if name.endswith(".safetensors")]
-    assert {pair.name for pair in report.pairs} | {MANIFEST_NAME} == {
+    assert {pair.name for pair in report.pairs} | {MANIFEST_NAME, SIDECAR_NAME} == {
         str(file.relative_to(copy)) for file in copy.rglob("*") if file.is_file()
     }
 

@@ -23,7 +23,8 @@ FLAGS = {
     "inspect": {"--tensors", "--follow-symlinks"},
     "convert": {
         "--to", "--names", "--layers", "--mtp", "--max-shard-size", "--workers", "--dry-run", "--allow-nan",
-        "--unit-scale", "--follow-symlinks",
+        "--unit-scale", "--follow-symlinks", "--source", "--sidecar", "--scale-policy", "--accept-changes",
+        "--allow-lossy", "--input-scales",
     },
     "verify": {
         "--level", "--against-hub-oids", "--subset", "--tensor", "--unit-scale", "--workers", "--follow-symlinks",
