@@ -235,10 +235,6 @@ def fp4_grid_scale(values_RC: Tensor, block: Block) -> Tensor:
     return scale_rc.to(torch.uint8)
 
 
-# By code: how far above the true scale the largest one with the value on its grid lies. 0.5 and 1.5 pin it.
-_CODE_SLACK = (_NEVER, 0, 1, 0, 2, 1, 3, 2)
-
-
 def fp4_grid_scale_of_codes(codes_RP: Tensor, scale_rc: Tensor, block: Block) -> Tensor:
     """fp4_grid_scale of what the codes decode to, without decoding them.
 
@@ -250,27 +246,42 @@ def fp4_grid_scale_of_codes(codes_RP: Tensor, scale_rc: Tensor, block: Block) ->
     per_block = block.cols // 2
     rest = -codes_RP.shape[1] % per_block
     codes_RP = pad(codes_RP, (0, rest)) if rest else codes_RP  # zeros are on every grid
-    blocks = codes_RP.view(*scale_rc.shape, per_block)
-    pinned = _holds_half(blocks)
-    scale = scale_rc.clone()
-    loose = (~pinned).nonzero(as_tuple=True)
-    codes = blocks[loose].to(torch.int32)  # [b, n / 2]
-    slack_of = torch.tensor(_CODE_SLACK, dtype=torch.int32)
-    slack = torch.minimum(slack_of[codes & 7].amin(-1), slack_of[(codes >> 4) & 7].amin(-1))
-    top = (scale[loose].to(torch.int32) + slack).clamp(max=_E8M0_MAX)
-    scale[loose] = torch.where(slack == _NEVER, _FP4_LOWEST, top).to(torch.uint8)
-    return scale
+    words, ones = _as_words(codes_RP.view(-1, per_block))
+    # of code & 7 = abc, 0.5 and 1.5 are 0b1: they pin the scale
+    loose = (~_any(words & ~(words >> 2), ones)).nonzero().view(-1)
+    scale = scale_rc.flatten().clone()  # a flat view may be the input itself
+    top = scale[loose].to(torch.int16) + _slack(words[loose], ones)
+    scale[loose] = torch.where(top >= _NO_VALUE, _FP4_LOWEST, top.clamp(max=_E8M0_MAX)).to(torch.uint8)
+    return scale.view(scale_rc.shape)
 
 
-def _holds_half(blocks: Tensor) -> Tensor:
-    """bool [R, c]: a code of the block is 0.5 or 1.5, of either sign. blocks: uint8 [R, c, n / 2]"""
-    if blocks.shape[-1] % 8 == 0 and blocks.storage_offset() % 8 == 0:
-        words, ones = blocks.view(torch.int64), 0x1111111111111111
-    else:
-        words, ones = blocks, 0x11
-    # of code & 7 = abc, 0.5 and 1.5 are 0b1
-    halves = (words & ~(words >> 2)).bitwise_and_(ones)
-    return functools.reduce(torch.bitwise_or, halves.unbind(-1)) != 0
+_NO_VALUE = 1 << 9  # slack of a block of zeros: beyond every scale byte
+
+
+def _as_words(blocks: Tensor) -> tuple[Tensor, int]:
+    """uint8 [b, n] as words, as wide as they fit; and the word whose nibbles are all 1."""
+    if blocks.shape[1] % 8 == 0 and blocks.storage_offset() % 8 == 0:
+        return blocks.view(torch.int64), 0x1111111111111111
+    return blocks, 0x11
+
+
+def _any(bits: Tensor, ones: int) -> Tensor:
+    """bool [b]: the lowest bit of some nibble is set."""
+    found = bits & ones
+    return functools.reduce(torch.bitwise_or, found.unbind(-1)) != 0
+
+
+def _slack(words: Tensor, ones: int) -> Tensor:
+    """int16 [b]: how far above the true scale the largest one lies that has all values of a block on its grid.
+
+    Told by the value with the smallest step: 1 and 3 (codes 0b010, 0b101) leave 1; 2 and 6 (0b100, 0b111) 2; 4 leaves 3.
+    """
+    a, b, c = words >> 2, words >> 1, words
+    one = _any((b & ~a & ~c) | (a & ~b & c), ones)
+    two = _any(a & ~(b ^ c), ones)
+    some = _any(a | b | c, ones)
+    slack = torch.where(one, 1, torch.where(two, 2, torch.where(some, 3, _NO_VALUE)))
+    return slack.to(torch.int16)
 
 
 # ---- untouched values: codes and scales at once
