@@ -154,6 +154,8 @@ def _selection(a: Survey, b: Survey) -> tuple[tuple[int, ...] | None, frozenset[
     fits = manifest.layers is None or len(manifest.layers) == b.model.num_layers
     if manifest.source == shards and fits:
         return manifest.layers, manifest.dropped, ()
+    if manifest.layers is None and not manifest.dropped:  # it has nothing to say, such as after a way back
+        return None, frozenset(), ()
     note = (
         "the manifest of b names another source than a: its lists of layers and dropped tensors are ignored"
     )

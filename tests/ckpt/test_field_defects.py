@@ -16,9 +16,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dsv4ckpt import codec, plan, release, run, sample, source, survey
-from dsv4ckpt.errors import MissingScale, NotConform, OrphanScale
-from dsv4ckpt.formats import Storage
+from dsv4ckpt import codec, encode, plan, release, run, sample, source, survey
+from dsv4ckpt.errors import MissingScale, NotConform, NotLossless, OrphanScale
+from dsv4ckpt.formats import Block, Storage, Target
 from dsv4ckpt.names import Namespace
 from dsv4ckpt.plan import ConvertOptions
 
@@ -120,11 +120,55 @@ def test_9_e8m0_byte_0_is_2_to_the_minus_127_not_0() -> None:
     assert values.double().tolist() == [[2.0**-127, 2.0**-127]]
 
 
+def test_6_negative_zeros_survive_every_format(sample_of: Sample, convert: Convert, tmp_path: Path) -> None:
+    """Six peers lose them: tables with +0.0 at code 8, `x < 0` for the sign, modelopt's NVFP4 export."""
+    name = "layers.1.ffn.experts.0.w1.weight"
+    codes = everything(sample_of("flash"))[name].view(torch.uint8)
+    expected = int(((codes & 15) == 8).sum() + ((codes >> 4) == 8).sum())
+    assert expected > 100
+    for target in (Target.BF16, Target.FP8, Target.FP8_F32SCALE, Target.NVFP4, Target.MXFP4_CT):
+        convert(sample_of("flash"), tmp_path / target, target=target)
+        convert(tmp_path / target, tmp_path / f"{target}-bf16", target=Target.BF16)
+        values = everything(tmp_path / f"{target}-bf16")[name]
+        assert int(((values == 0) & values.signbit()).sum()) == expected, target
+
+
+def test_7_ties_go_to_even() -> None:
+    """Megatron-Bridge and modelopt round them toward zero."""
+    values = torch.tensor([[0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0] * 4], dtype=torch.bfloat16)
+    scale = torch.full((1, 1), 127, dtype=torch.uint8)
+    codes = encode.encode_fp4(values, scale, release.FP4_EXPERT.block)
+    decoded = codec.decode_fp4(codes, scale, release.FP4_EXPERT.block).values
+    assert decoded[0, :8].tolist() == [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0]
+
+
+def test_8_an_all_zero_block_gets_a_scale_and_stays_zero() -> None:
+    """miles writes NaN there, others a scale of their own; DeepSeek's quantizer byte 1 for FP4 and 105 for FP8."""
+    zeros = torch.zeros((128, 128), dtype=torch.bfloat16)
+    fp4, fp8 = release.FP4_EXPERT.block, Block(128, 128)
+    assert encode.fp4_fresh_scale(zeros, fp4).unique().tolist() == [1]
+    assert encode.fp4_grid_scale(zeros, fp4).unique().tolist() == [1]
+    assert encode.fp8_fresh_scale(zeros, fp8).tolist() == [[105]]
+    assert not encode.encode_fp4(zeros, encode.fp4_fresh_scale(zeros, fp4), fp4).any()
+
+
+def test_10_a_gap_beyond_14_is_never_silent(sample_of: Sample, convert: Convert, tmp_path: Path) -> None:
+    """vLLM and DeepSeek's own script call the recast lossless and do not look; tests/ckpt/test_across.py has it all."""
+    reshard(sample_of("flash"), tmp_path / "src", lambda name: "model.safetensors")
+    stored = load_file(tmp_path / "src" / "model.safetensors")
+    stored["layers.0.ffn.experts.1.w2.scale"].view(torch.uint8)[:, 0] = 90
+    stored["layers.0.ffn.experts.1.w2.weight"].view(torch.uint8)[:] |= 1
+    save_file(stored, tmp_path / "src" / "model.safetensors")
+    with pytest.raises(NotLossless, match=r"layers\.0\.ffn\.experts\.1\.w2\.weight"):
+        convert(tmp_path / "src", tmp_path / "out", target=Target.FP8)
+
+
+@pytest.mark.parametrize("target", Target)
 def test_11_index_has_the_right_total_and_shards_say_format_pt(
-    sample_of: Sample, convert: Convert, tmp_path: Path
+    target: Target, sample_of: Sample, convert: Convert, tmp_path: Path
 ) -> None:
     """miles counted elements of the first dimension; DeepSeek's V3 script forgot the metadata that loaders look for."""
-    convert(sample_of("flash"), tmp_path / "out")
+    convert(sample_of("flash"), tmp_path / "out", target=target)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in everything(tmp_path / "out").values())
     for file in (tmp_path / "out").glob("*.safetensors"):
@@ -145,6 +189,35 @@ def test_12_bf16_config_claims_no_quantization(
     assert after["torch_dtype"] == "bfloat16"
     assert {key: before[key] for key in before if key in after} == after
     assert set(before) - set(after) <= {"quantization_config", "expert_dtype"}
+
+
+FOREIGN = {
+    Target.FP8: ("expert_dtype", "moe_quant_algo", "config_groups"),
+    Target.FP8_F32SCALE: ("moe_quant_algo", "config_groups"),
+    Target.NATIVE: ("moe_quant_algo", "config_groups"),
+    Target.MXFP4_CT: ("expert_dtype", "moe_quant_algo", "weight_block_size", "scale_fmt"),
+}
+
+
+@pytest.mark.parametrize("target", FOREIGN)
+def test_12_no_key_of_another_format_is_left_in_a_config(
+    target: Target, sample_of: Sample, convert: Convert, tmp_path: Path
+) -> None:
+    """modelopt's and the repackaged configs are edited by hand in the field, and keep what they had."""
+    convert(sample_of("flash"), tmp_path / "nvfp4", target=Target.NVFP4)
+    convert(tmp_path / "nvfp4", tmp_path / "out", target=target)
+    text = (tmp_path / "out" / "config.json").read_text()
+    assert not [key for key in FOREIGN[target] if f'"{key}"' in text]
+    assert not (tmp_path / "out" / "hf_quant_config.json").exists()
+
+
+def test_14_renaming_back_is_no_regex_that_hits_a_substring(
+    sample_of: Sample, convert: Convert, tmp_path: Path
+) -> None:
+    """transformers saved self_attn.kv_norm as attn.norm, which no loader knows."""
+    convert(sample_of("flash"), tmp_path / "there", target=Target.BF16, namespace=Namespace.TRANSFORMERS)
+    convert(tmp_path / "there", tmp_path / "back", target=Target.NATIVE)
+    assert everything(tmp_path / "back").keys() == everything(sample_of("flash")).keys()
 
 
 def test_13_hc_scales_are_parameters_not_block_scales(
