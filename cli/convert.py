@@ -281,7 +281,7 @@ def _carry_out(
             stop=stop,
         )
     console.document(_document(made, summary, dst, progress))
-    if summary.num_resumed == len(made.files):
+    if summary.was_complete:
         console.say(f"{dst} was complete already: nothing to do")
     else:
         kept = (
@@ -290,7 +290,7 @@ def _carry_out(
             else ""
         )
         console.say(f"done in {progress.seconds:.1f} s, {human(progress.rate)}/s{kept}")
-    if made.original:
+    if made.original and not summary.was_complete:
         console.say(
             f"{plural(summary.num_untouched, 'tensor')} came out as the release has them, "
             f"{summary.num_changed:,} had changed"

@@ -89,6 +89,7 @@ class Summary:
     num_untouched: int = 0  # tensors that are what the original had
     num_changed: int = 0  # and those that are not
     losses: tuple[Loss, ...] = ()  # of tensors that were quantized
+    was_complete: bool = False  # an earlier run had finished all of it
 
 
 def execute(
@@ -272,7 +273,7 @@ def _already_complete(plan: Plan, checkpoint: Checkpoint, path: str) -> Summary 
                 do="choose a new directory",
             )
     files = tuple(Receipt(*file, {}) for file in found.files)
-    return Summary(files, found.num_inexact, found.num_not_finite, len(plan.files))
+    return Summary(files, found.num_inexact, found.num_not_finite, len(plan.files), was_complete=True)
 
 
 def _require_space(path: str, remaining: int) -> None:
