@@ -2,8 +2,8 @@
 
     python benchmarks/recast.py
 
-Rates are in GB of BF16 that the data would decode to per second, so that all rows measure the same work; memcpy of
-that BF16 is the bound.  compressed-tensors (a dev dependency) decompresses the same bytes.
+Rates are in GB of BF16 that the data would decode to per second, so that all rows measure the same work; memcpy
+of that BF16 is the bound.  compressed-tensors (a dev dependency) decompresses the same bytes.
 """
 
 from __future__ import annotations

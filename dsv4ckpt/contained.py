@@ -35,11 +35,11 @@ def opened(directory: str, name: str, follow_links: bool) -> Iterator[int]:
             os.close(fd)
 
 
-def open_regular(directory: str, name: str, follow_links: bool) -> int:
+def open_regular(directory: str, name: str, follow_links: bool, extra_flags: int = 0) -> int:
     """Open a regular file below `directory` for reading. raises UnsafePath, OSError"""
     path = os.path.join(directory, name)
     _require_plain_parents(directory, name)
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW | extra_flags
     if os.path.islink(path):  # I3
         path = _contained_target(directory, name, follow_links)
     try:

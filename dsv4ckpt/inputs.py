@@ -12,21 +12,8 @@ from torch import Tensor
 
 from . import codec, formats, recast
 from .errors import NotFinite, NotLossless
-from .source import Reader
+from .source import Landing, Reader
 from .steps import Matrix, Step
-
-
-class Scratch:
-    """A buffer that is reused from chunk to chunk: fresh pages cost more than the decoding."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray(0)
-
-    def take(self, size: int) -> memoryview:
-        """`size` bytes; what an earlier take returned must no longer be in use."""
-        if len(self._buffer) < size:
-            self._buffer = bytearray(size)
-        return memoryview(self._buffer)[:size]
 
 
 class Inputs:
@@ -34,7 +21,7 @@ class Inputs:
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
-        self._codes, self._scales = Scratch(), Scratch()
+        self._codes, self._scales = Landing(), Landing()
 
     def codes(self, step: Step | Matrix, first: int, rows: int) -> Tensor:
         """uint8 [rows, row_bytes] of the step's own rows."""
@@ -65,9 +52,8 @@ class Inputs:
         self.reader.read_into(name, memoryview(data), 0)
         return float(torch.frombuffer(data, dtype=torch.float32)[0])
 
-    def _read(self, scratch: Scratch, name: str, first: int, rows: int, row_bytes: int) -> Tensor:
-        data = scratch.take(rows * row_bytes)
-        self.reader.read_into(name, data, first * row_bytes)
+    def _read(self, landing: Landing, name: str, first: int, rows: int, row_bytes: int) -> Tensor:
+        data = self.reader.read(name, first * row_bytes, rows * row_bytes, landing)
         return torch.frombuffer(data, dtype=torch.uint8).view(rows, row_bytes)
 
 

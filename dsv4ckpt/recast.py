@@ -1,9 +1,9 @@
 """Codes and scales of one format -> codes and scales of another, without passing through floats.
 
-Owns the arithmetic of recasting; knows no names, files or releases.  Whatever can be recast exactly is; what cannot
-is rounded once, to nearest even, and counted, so that a caller may refuse it.
-Source: OCP MX v1.0 sec. 5.3-5.4 (E2M1, E8M0), OCP FP8 (E4M3), DeepSeek-V4 convert.py (the scale of an FP8 tile),
-ModelOpt's NVFP4 (weight_scale x weight_scale_2).
+Owns the arithmetic of recasting; knows no names, files or releases.  Whatever can be recast exactly is; what
+cannot is rounded once, to nearest even, and counted, so that a caller may refuse it.
+Source: OCP MX v1.0 sec. 5.3-5.4 (E2M1, E8M0), OCP FP8 (E4M3), DeepSeek-V4 convert.py (the scale of an FP8
+tile), ModelOpt's NVFP4 (weight_scale x weight_scale_2).
 """
 
 #  R rows, C columns of the logical weight;  r, c = number of blocks along them;  P = packed columns (C / 2)
@@ -95,11 +95,11 @@ def fp8_tiles(scale_rc: Tensor, fp4_block: Block, tile: Block, codes_RP: Tensor 
     scale_rc   uint8 [R, c], E8M0 scales of FP4 blocks; no 255
     fp4_block  1 x n, n even
     tile       a whole number of FP4 blocks; tiles cut off by the edge are legal
-    codes_RP   uint8 [R, C/2]: blocks of nothing but zeros then count neither for the scale nor for the gap. A tile
-               of nothing else takes its scale from them all the same, is never low and has gap 0
+    codes_RP   uint8 [R, C/2]: blocks of nothing but zeros then count neither for the scale nor for the gap. A
+               tile of nothing else takes its scale from them all the same, is never low and has gap 0
     returns    scale: the largest byte less 6, at least 0
-    exact      the recast is, where gap_rc <= FP8_LOSSLESS_GAP. A low tile stays exact too (its FP4 bytes are 0..5, at
-               most 6 below 2**6 times byte 0), but holds smaller codes than a fresh quantizer would choose
+    exact      the recast is, where gap_rc <= FP8_LOSSLESS_GAP. A low tile stays exact too (its FP4 bytes are
+               0..5, at most 6 below 2**6 times byte 0), but holds smaller codes than a fresh quantizer's
     """
     exponent = scale_rc.to(torch.int16)
     top = _tile_max(exponent, fp4_block, tile)
@@ -142,9 +142,9 @@ def fp4_to_fp8(
     fp4_block      1 x n, n even
     tile_scale_rc  uint8 E8M0 of the tiles these rows lie in
     tile           a whole number of FP4 blocks
-    out            where to put the codes, uint8 [R, C], contiguous, at a multiple of 2 bytes; None: a new tensor
-    returns        uint8 [R, C]: v * 2**(s - S) to nearest even, saturating at 448, -0 kept; exact for scales from
-                   FP8_LOSSLESS_GAP below the tile's largest, which is 2**6 tile scales
+    out            where to put the codes, uint8 [R, C], contiguous, at a multiple of 2 bytes; None: a new one
+    returns        uint8 [R, C]: v * 2**(s - S) to nearest even, saturating at 448, -0 kept; exact for scales
+                   from 2**6 tile scales, the tile's largest, down to FP8_LOSSLESS_GAP below
     """
     rows, packed = codes_RP.shape
     level_rc = _levels(scale_rc, fp4_block, tile_scale_rc, tile)
@@ -231,10 +231,10 @@ def nvfp4_scales(scale_rc: Tensor, kmax: int) -> NvScales:
 
     scale_rc  uint8 [R, c] E8M0; no 255
     kmax      nvfp4_exponent of all the matrices that share weight_scale_2
-    returns   2**(k - kmax + 8), each twice: uint8 [R, 2c]; where C ends within the first half of a block of 32 the
-              last column is one too many
-    exact     for k from kmax down to kmax - NVFP4_LOSSLESS_GAP; else lost_rc, and the scale is 0 or 448, which is
-              no loss for a block of nothing but zeros
+    returns   2**(k - kmax + 8), each twice: uint8 [R, 2c]; where C ends within the first half of a block of 32
+              the last column is one too many
+    exact     for k from kmax down to kmax - NVFP4_LOSSLESS_GAP; else lost_rc, and the scale is 0 or 448, which
+              is no loss for a block of nothing but zeros
     """
     gap_rc = kmax + E8M0_BIAS - scale_rc.to(torch.int16)
     lost_rc = (gap_rc < 0) | (gap_rc > NVFP4_LOSSLESS_GAP)

@@ -8,8 +8,10 @@ Rules I1-I6 are numbered where they are enforced.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
+import mmap
 import os
 import re
 from collections.abc import Iterator
@@ -26,6 +28,8 @@ from .shard import Entry, Header
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 _MAX_DEPTH, _MAX_PROBLEMS = 8, 1000
+_PAGE = 4096  # direct reads begin and end at multiples of it, in the file and in memory
+_DIRECT_BYTES = 256 * 1024  # smaller reads gain nothing
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 1024  # of a shard, to tell revisions with equal headers apart
 _CODE_DIRECTORIES = ("encoding", "inference")
 _CARRIED_SUFFIXES = (".json", ".txt", ".md", ".jinja", ".model", ".tiktoken", ".pdf", ".yaml", ".yml")
@@ -155,12 +159,50 @@ class Checkpoint:
             reader.close()
 
 
+class Landing:
+    """Page-aligned memory for one read at a time; it is used again, since fresh pages cost more than reading."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, _PAGE)
+
+    def take(self, size: int) -> memoryview:
+        """At least `size` bytes; what an earlier take returned must no longer be in use."""
+        if len(self._memory) < size:
+            self._memory = mmap.mmap(-1, -(-size // _PAGE) * _PAGE)
+        return memoryview(self._memory)
+
+
 class Reader:
-    """Reads ranges of shards into the caller's buffers. For one thread."""
+    """Reads ranges of shards into the caller's buffers. For one thread.
+
+    Large reads go past the page cache where the file system allows it: filling the cache costs a core about a second
+    for each gigabyte, and evicts what other people use.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._fds: dict[str, int] = {}
+        self._direct_fds: dict[str, int | None] = {}  # None: the file system cannot
+
+    def read(self, name: str, offset: int, size: int, landing: Landing) -> memoryview:
+        """`size` bytes of tensor `name` from `offset` within it, in `landing`. raises SourceChanged, Environment"""
+        place = self._checkpoint.tensors[name]
+        assert offset + size <= place.entry.end - place.entry.begin
+        with io_errors(place.shard):
+            fd = self._direct_fd(place.shard) if size >= _DIRECT_BYTES else None
+            if fd is None:
+                view = landing.take(size)[:size]
+                shard.read_into(self._fd(place.shard), view, place.entry.begin + offset, place.shard)
+                return view
+            begin = place.entry.begin + offset
+            into = begin % _PAGE
+            room = landing.take(-(-(into + size) // _PAGE) * _PAGE)
+            got = os.preadv(fd, [room[: -(-(into + size) // _PAGE) * _PAGE]], begin - into)
+            view = room[into : into + size]
+            done = max(0, min(size, got - into))
+            if done < size:  # rare: the rest by ordinary reads, which know the end of the file
+                shard.read_into(self._fd(place.shard), view[done:], begin + done, place.shard)
+            return view
 
     def read_into(self, name: str, view: memoryview, offset: int) -> None:
         """Fill `view` with bytes of tensor `name` from `offset` within it. raises SourceChanged, Environment"""
@@ -176,18 +218,35 @@ class Reader:
     def will_need(self, name: str, offset: int, size: int) -> None:
         """Tell the kernel to start reading a range of tensor `name`."""
         place = self._checkpoint.tensors[name]
-        if hasattr(os, "posix_fadvise"):
+        if hasattr(os, "posix_fadvise") and self._direct_fds.get(place.shard) is None:
             os.posix_fadvise(self._fd(place.shard), place.entry.begin + offset, size, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self) -> None:
         """raises SourceChanged if a file that was read is no longer the planned one"""
-        for name, fd in self._fds.items():
-            _require_same(self._checkpoint.shards[name], os.fstat(fd))
+        for name, fd in (*self._fds.items(), *self._direct_fds.items()):
+            if fd is not None:
+                _require_same(self._checkpoint.shards[name], os.fstat(fd))
 
     def close(self) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
+        for fd in (*self._fds.values(), *self._direct_fds.values()):
+            if fd is not None:
+                os.close(fd)
         self._fds.clear()
+        self._direct_fds.clear()
+
+    def _direct_fd(self, name: str) -> int | None:
+        if name not in self._direct_fds:
+            self._direct_fds[name] = None
+            try:
+                directory, follow_links = self._checkpoint.directory, self._checkpoint.follow_links
+                fd = open_regular(directory, name, follow_links, getattr(os, "O_DIRECT", 0))
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                return None
+            self._direct_fds[name] = fd
+            _require_same(self._checkpoint.shards[name], os.fstat(fd))
+        return self._direct_fds[name]
 
     def _fd(self, name: str) -> int:
         fd = self._fds.get(name)

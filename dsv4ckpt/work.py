@@ -45,12 +45,25 @@ def chunk_rows(row: int, rows: int, row_values: int, block_rows: int, most: int)
     return most if most == rows - row else most - most % block_rows
 
 
+class _Scratch:
+    """A buffer that is reused from chunk to chunk: fresh pages cost more than the decoding."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray(0)
+
+    def take(self, size: int) -> memoryview:
+        """`size` bytes; what an earlier take returned must no longer be in use."""
+        if len(self._buffer) < size:
+            self._buffer = bytearray(size)
+        return memoryview(self._buffer)[:size]
+
+
 class Worker:
     """Turns steps into bytes of one output file, and into records of what they were."""
 
     def __init__(self, desk: Desk) -> None:
         self._desk, self._inputs, self._sink = desk, desk.inputs, desk.sink
-        self._reader, self._values, self._encoder = desk.inputs.reader, Scratch(), Encoder(desk)
+        self._reader, self._values, self._encoder = desk.inputs.reader, _Scratch(), Encoder(desk)
 
     def carry_out(self, step: Step, tensor: PlannedTensor, begins: dict[str, int]) -> None:
         """begins: where the file's tensors begin, for what is not made in order."""
@@ -152,31 +165,36 @@ class Worker:
         recorder = self._recorder(step)
         scale_2 = self._inputs.number(step.per_tensor[0]) if step.per_tensor else 1.0
         for first, rows in self._pieces(step):
-            scales = self._inputs.scales(step, first, rows)
+            scales, codes = self._inputs.scales(step, first, rows), self._inputs.codes(step, first, rows)
             row, not_finite = first, 0
             while row < first + rows:
                 self._desk.stop.check()
-                count, bad = self._decode_chunk(step, scales, scale_2, first, rows, row, recorder)
+                count, bad = self._decode_chunk(step, codes, scales, scale_2, first, row, recorder)
                 not_finite += bad
                 row += count
             if recorder:
                 keeps = bool(not_finite) or not carries_codes(scales, step.quant)
-                codes = bytes(bytes_of(self._inputs.codes(step, first, rows))) if keeps else b""
-                recorder.end_piece(None if step.scale is None else scales, codes)
+                recorder.end_piece(
+                    None if step.scale is None else scales, bytes(bytes_of(codes)) if keeps else b""
+                )
         self._finish(recorder)
 
     def _decode_chunk(
         self,
         step: Step,
+        piece_codes: Tensor,
         scales: Tensor,
         scale_2: float,
         first: int,
-        rows: int,
         row: int,
         recorder: Recorder | None,
     ) -> tuple[int, int]:
-        """Decode some rows from `row` on of the piece [first, first + rows): how many, and how many are not finite."""
+        """Decode some rows, from `row` on, of the piece that begins at `first`.
+
+        returns   how many rows; how many values are not finite
+        """
         assert step.quant is not None
+        rows = piece_codes.shape[0]
         height = step.quant.block.rows
         room = self._sink.room()
         fitting = len(room) // (2 * step.columns)
@@ -185,7 +203,7 @@ class Worker:
         size = 2 * step.columns * count
         data = room[:size] if direct else self._values.take(size)
         values = torch.frombuffer(data, dtype=torch.bfloat16).view(count, step.columns)
-        codes = self._inputs.codes(step, row, count)
+        codes = piece_codes[row - first : row - first + count]
         block_row = (row - first) // height
         mine = scales[block_row : block_row + formats.ceil_div(count, height)]
         decoded = decoded_rows(codes, mine, step.quant, values, scale_2)
@@ -194,7 +212,7 @@ class Worker:
             self._require_finite(step, mine, row // height, scale_2)
             self._note_not_finite(step, values, decoded.num_not_finite, row * step.columns, step.columns)
         if recorder:
-            recorder.codes(bytes_of(codes))
+            recorder.codes(_view(codes))
             recorder.converted(data)
             if recorder.wants_rule:
                 recorder.ruled(_ruled(codes, mine, values, step.quant))

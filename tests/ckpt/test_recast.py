@@ -1,8 +1,8 @@
 """dsv4ckpt.recast and codec.decode_nvfp4 against the formats' definitions.
 
-The oracle below is Fractions and numpy float64, in which every product here is exact (E2M1 has 2 significant bits,
-E4M3 4, scales are powers of two between 2**-149 and 2**127), and none of the product's tables.  torch's own float8
-casts are a second witness.
+The oracle below is Fractions and numpy float64, in which every product here is exact (E2M1 has 2 significant
+bits, E4M3 4, scales are powers of two between 2**-149 and 2**127), and none of the product's tables.  torch's own
+float8 casts are a second witness.
 """
 
 from __future__ import annotations
