@@ -66,11 +66,7 @@ def parts(layout: Layout, per_fp4: float, per_table: float) -> dict[str, float]:
         if quant is None:
             hashes += HASH_BYTES
             continue
-        hashes += (
-            3
-            * HASH_BYTES
-            * formats.ceil_div(logical.shape[0], sidecar.piece_rows(logical.shape, quant.block))
-        )
+        hashes += 3 * HASH_BYTES * formats.ceil_div(logical.shape[0], sidecar.piece_rows(logical.shape[-1]))
         grid = formats.scale_shape(logical.shape, quant.block)
         if not roundtrip.has_rule(quant):
             scales += formats.stored_bytes(quant.scale, grid)

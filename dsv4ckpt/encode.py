@@ -274,7 +274,8 @@ def _any(bits: Tensor, ones: int) -> Tensor:
 def _slack(words: Tensor, ones: int) -> Tensor:
     """int16 [b]: how far above the true scale the largest one lies that has all values of a block on its grid.
 
-    Told by the value with the smallest step: 1 and 3 (codes 0b010, 0b101) leave 1; 2 and 6 (0b100, 0b111) 2; 4 leaves 3.
+    Told by the value with the smallest step: 1 and 3 (codes 0b010, 0b101) leave 1; 2 and 6 (0b100, 0b111) leave 2;
+    4 leaves 3.
     """
     a, b, c = words >> 2, words >> 1, words
     one = _any((b & ~a & ~c) | (a & ~b & c), ones)

@@ -23,9 +23,14 @@ class Inputs:
         self.reader = reader
         self._codes, self._scales = Landing(), Landing()
 
+    def stored(self, step: Step | Matrix, first: int, rows: int) -> memoryview:
+        """The bytes of some of the step's own rows: codes, or values."""
+        offset, size = (step.begin + first) * step.row_bytes, rows * step.row_bytes
+        return self.reader.read(step.source, offset, size, self._codes)
+
     def codes(self, step: Step | Matrix, first: int, rows: int) -> Tensor:
-        """uint8 [rows, row_bytes] of the step's own rows."""
-        return self._read(self._codes, step.source, step.begin + first, rows, step.row_bytes)
+        """uint8 [rows, row_bytes] of the same."""
+        return as_rows(self.stored(step, first, rows), rows)
 
     def scales(self, step: Step, first: int, rows: int) -> Tensor:
         """The scales of every block that these rows touch; uint8 or float32 [r, c]."""
@@ -34,9 +39,11 @@ class Inputs:
         begin, end = first // height, formats.ceil_div(first + rows, height)
         if step.scale is None:
             return codec.unit_scale(end - begin, formats.ceil_div(step.columns, step.quant.block.cols))
-        found = self._read(
-            self._scales, step.scale, step.scale_begin + begin, end - begin, step.scale_row_bytes
+        offset, size = (
+            (step.scale_begin + begin) * step.scale_row_bytes,
+            (end - begin) * step.scale_row_bytes,
         )
+        found = as_rows(self.reader.read(step.scale, offset, size, self._scales), end - begin)
         return found.view(torch.float32) if step.quant.scale == "F32" else found
 
     def scales_of(self, matrix: Matrix) -> Tensor:
@@ -52,9 +59,10 @@ class Inputs:
         self.reader.read_into(name, memoryview(data), 0)
         return float(torch.frombuffer(data, dtype=torch.float32)[0])
 
-    def _read(self, landing: Landing, name: str, first: int, rows: int, row_bytes: int) -> Tensor:
-        data = self.reader.read(name, first * row_bytes, rows * row_bytes, landing)
-        return torch.frombuffer(data, dtype=torch.uint8).view(rows, row_bytes)
+
+def as_rows(data: memoryview, rows: int) -> Tensor:
+    """uint8 [rows, n]: the same memory as a tensor."""
+    return torch.frombuffer(data, dtype=torch.uint8).view(rows, -1)
 
 
 def require_finite_scales(

@@ -17,7 +17,7 @@ from . import codec, encode, formats, recast
 from .desk import Desk
 from .errors import BadSidecar, EditedOutput, NotFinite, NotLossless
 from .formats import E8M0_NAN, FP4_EXPERT, FP8_TILE, Quant
-from .inputs import exponent_of, nvfp4_scales, require_finite_scales
+from .inputs import as_rows, exponent_of, nvfp4_scales, require_finite_scales
 from .plan import ScalePolicy
 from .roundtrip import (
     KnownPiece,
@@ -55,7 +55,7 @@ class Encoder:
         assert step.target is not None
         desk, working = self._desk, _working(step.target)
         kmax = self.shared_exponent(step) if step.target.per_tensor else 0
-        each = piece_rows((step.rows, step.columns), working.block)
+        each = piece_rows(step.columns)
         touched, num_blocks = False, 0
         for first in range(0, step.rows, each):
             rows = min(each, step.rows - first)
@@ -83,7 +83,8 @@ class Encoder:
     def _values(self, step: Step | Matrix, first: int, rows: int) -> tuple[memoryview, Tensor]:
         """The stored bytes of some rows, and what they mean as bfloat16 [rows, C]. raises NotFinite"""
         desk = self._desk
-        stored = desk.inputs.codes(step, first, rows)
+        data = desk.inputs.stored(step, first, rows)
+        stored = as_rows(data, rows)
         if not isinstance(step, Step) or step.quant is None:
             values = stored.view(torch.bfloat16)
         else:
@@ -97,7 +98,7 @@ class Encoder:
                 chunk = slice(begin, begin + count)
                 decoded = decoded_rows(stored[chunk], mine, step.quant, values[chunk], scale_2)
                 desk.notes.not_exact += decoded.num_inexact
-        return bytes_of(stored), values
+        return data, values
 
     def _ask(
         self, step: Step, first: int, raw_bytes: memoryview, values: Tensor, working: Quant
@@ -256,7 +257,7 @@ class Encoder:
             matrix_step = step._replace(
                 source=matrix.source, begin=matrix.begin, rows=matrix.rows, row_bytes=matrix.row_bytes
             )
-        each = piece_rows((matrix.rows, matrix_step.columns), FP4_EXPERT.block)
+        each = piece_rows(matrix_step.columns)
         made = []
         for first in range(0, matrix.rows, each):
             _, values = self._values(matrix_step, first, min(each, matrix.rows - first))

@@ -189,7 +189,7 @@ class SidecarKnowledge:
         self, name: str, first_row: int, converted: memoryview, values: Tensor, quant: Quant
     ) -> KnownPiece:
         sidecar, where = self._sidecar, self._sidecar.where.get(name)
-        number = first_row // piece_rows((first_row, values.shape[1]), quant.block)
+        number = first_row // piece_rows(values.shape[1])
         if where is None or number >= where.num_pieces or not where.scales_are:
             raise _foreign(f"it does not know the rows from {first_row} on of {name!r}")
         hashes = sidecar.pieces(name)[number]

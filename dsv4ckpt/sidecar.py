@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from . import contained, formats, shard, strictjson
 from .errors import BadSidecar
-from .formats import CONFIG_NAME, INDEX_NAME, SIDECAR_NAME, Block, Shape
+from .formats import CONFIG_NAME, INDEX_NAME, SIDECAR_NAME
 
 _FORMAT = "dsv4ckpt roundtrip 1"
 _HASH_BYTES = 32
@@ -30,10 +30,10 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 _MAX_TABLE_BYTES = 256 * 1024 * 1024
 
 
-def piece_rows(shape: Shape, block: Block) -> int:
-    """Rows of a logical matrix that are hashed as one piece: whole rows of blocks."""
-    per_row = max(1, shape[-1])
-    return max(block.rows, _PIECE_VALUES // per_row // block.rows * block.rows)
+def piece_rows(cols: int) -> int:
+    """Rows of a logical matrix that are hashed as one piece: whole rows of tiles, of any size that a release has."""
+    height = formats.FP8_TILE.block.rows
+    return max(height, _PIECE_VALUES // max(1, cols) // height * height)
 
 
 class Piece(NamedTuple):

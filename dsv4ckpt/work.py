@@ -17,7 +17,7 @@ from .desk import Desk
 from .errors import NotFinite
 from .formats import Quant
 from .inputs import (
-    Scratch,
+    as_rows,
     as_stored_scales,
     lost_values,
     nvfp4_scales,
@@ -85,10 +85,11 @@ class Worker:
         else:
             self._scales(step)
 
-    def _write(self, tensor: Tensor) -> None:
+    def _write(self, tensor: Tensor) -> memoryview:
         data = bytes_of(tensor)
         self._sink.write(data)
         self._desk.on_bytes(len(data))
+        return data
 
     def _recorder(self, step: Step) -> Recorder | None:
         """Only what holds values is recorded; scales belong to it."""
@@ -96,7 +97,7 @@ class Worker:
 
     def _pieces(self, step: Step) -> Iterator[tuple[int, int]]:
         """(first row, rows) of what is recorded as one."""
-        each = step.rows if step.quant is None else piece_rows((step.rows, step.columns), step.quant.block)
+        each = step.rows if step.quant is None else piece_rows(step.columns)
         for first in range(0, step.rows, each):
             yield first, min(each, step.rows - first)
 
@@ -165,7 +166,10 @@ class Worker:
         recorder = self._recorder(step)
         scale_2 = self._inputs.number(step.per_tensor[0]) if step.per_tensor else 1.0
         for first, rows in self._pieces(step):
-            scales, codes = self._inputs.scales(step, first, rows), self._inputs.codes(step, first, rows)
+            scales, stored = self._inputs.scales(step, first, rows), self._inputs.stored(step, first, rows)
+            codes = as_rows(stored, rows)
+            if recorder:
+                recorder.codes(stored)
             row, not_finite = first, 0
             while row < first + rows:
                 self._desk.stop.check()
@@ -174,9 +178,7 @@ class Worker:
                 row += count
             if recorder:
                 keeps = bool(not_finite) or not carries_codes(scales, step.quant)
-                recorder.end_piece(
-                    None if step.scale is None else scales, bytes(bytes_of(codes)) if keeps else b""
-                )
+                recorder.end_piece(None if step.scale is None else scales, bytes(stored) if keeps else b"")
         self._finish(recorder)
 
     def _decode_chunk(
@@ -212,7 +214,6 @@ class Worker:
             self._require_finite(step, mine, row // height, scale_2)
             self._note_not_finite(step, values, decoded.num_not_finite, row * step.columns, step.columns)
         if recorder:
-            recorder.codes(_view(codes))
             recorder.converted(data)
             if recorder.wants_rule:
                 recorder.ruled(_ruled(codes, mine, values, step.quant))
@@ -230,29 +231,26 @@ class Worker:
         assert step.quant is not None and step.target is not None
         tile = step.target.block
         recorder = self._recorder(step)
-        each = piece_rows((step.rows, step.columns), tile)
-        for first in range(0, step.rows, each):
-            rows = min(each, step.rows - first)
-            scales, tiles = (
-                self._inputs.scales(step, first, rows),
-                tile_scales(self._inputs, step, first, rows).scale_rc,
-            )
+        for first, rows in self._pieces(step):
+            scales = self._inputs.scales(step, first, rows)
+            tiles = tile_scales(self._inputs, step, first, rows).scale_rc
+            stored = self._inputs.stored(step, first, rows)
+            codes = as_rows(stored, rows)
+            if recorder:
+                recorder.codes(stored)
             row = 0
             while row < rows:
                 self._desk.stop.check()
                 count = chunk_rows(row, rows, step.columns, tile.rows, rows)
-                codes = self._inputs.codes(step, first + row, count)
                 at = row // tile.rows
-                mine = tiles[at : at + formats.ceil_div(count, tile.rows)]
-                made = recast.fp4_to_fp8(codes, scales[row : row + count], step.quant.block, mine, tile)
+                under = tiles[at : at + formats.ceil_div(count, tile.rows)]
+                mine, chunk = scales[row : row + count], codes[row : row + count]
+                made = recast.fp4_to_fp8(chunk, mine, step.quant.block, under, tile)
                 self._desk.notes.not_exact += made.num_changed
-                self._write(made.codes)
+                data = self._write(made.codes)
                 if recorder:
-                    recorder.converted(bytes_of(made.codes))
-                    recorder.codes(bytes_of(codes))
-                    recorder.ruled(
-                        encode.fp4_grid_scale_of_codes(codes, scales[row : row + count], step.quant.block)
-                    )
+                    recorder.converted(data)
+                    recorder.ruled(encode.fp4_grid_scale_of_codes(chunk, mine, step.quant.block))
                 row += count
             if recorder:
                 recorder.end_piece(scales)

@@ -385,3 +385,43 @@ def test_draft_stages_that_a_trainer_dropped_come_back_from_the_release(
         convert(tuned, tmp_path / "refused", Target.NATIVE)
     convert(tuned, tmp_path / "back", Target.NATIVE, released=sample_of(release))
     assert files_of(tmp_path / "back") == files_of(sample_of(release))
+
+
+@pytest.mark.parametrize("target", [Target.BF16, *TARGETS])
+@pytest.mark.parametrize("release", ["flash", "v4.1-flash"])
+def test_tensors_of_many_pieces_come_back(
+    sample_of: Callable[[str], Path],
+    tmp_path: Path,
+    release: str,
+    target: Target,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both ways cut tensors at the same rows, whatever the blocks of the two formats are."""
+    monkeypatch.setattr(sidecar, "_PIECE_VALUES", 1)
+    assert sidecar.piece_rows(256) == 128
+    convert(sample_of(release), tmp_path / "there", target)
+    summary = convert(tmp_path / "there", tmp_path / "back", Target.NATIVE)
+    assert summary.num_changed == 0
+    assert files_of(tmp_path / "back") == files_of(sample_of(release))
+
+
+def test_only_the_changed_pieces_of_a_tensor_are_quantized(
+    flash: Path, bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sidecar, "_PIECE_VALUES", 1)
+    name = "layers.1.ffn.experts.3.w2.weight"  # [256, 128]: two pieces
+    convert(flash, tmp_path / "again", Target.BF16)
+
+    def change(values: torch.Tensor) -> torch.Tensor:
+        changed = values.clone()
+        changed[200:] *= 1.5
+        return changed
+
+    tune(tmp_path / "again", name, change)
+    summary = convert(tmp_path / "again", tmp_path / "out", Target.NATIVE, released=flash, allow_lossy=True)
+    (loss,) = summary.losses
+    assert loss.num_blocks == 256 * 4
+    assert loss.num_same_blocks >= 200 * 4
+    before, after = tensors_of(flash)[name].data, tensors_of(tmp_path / "out")[name].data
+    assert isinstance(before, bytes) and isinstance(after, bytes)
+    assert before[: 128 * 64] == after[: 128 * 64] and before != after
