@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from .errors import EditedOutput
 from .inputs import Inputs
 from .plan import ScalePolicy
 from .roundtrip import Knowledge, Losses
 from .sidecar import PartWriter
 from .sink import FileSink
 from .source import Reader
+from .steps import Step
 
 
 class Stop(Protocol):
@@ -45,6 +47,15 @@ class Rules:
     scale_policy: ScalePolicy
     float_scales: bool  # fresh F32 scales are amax / 448, as in Base; else powers of two
     is_vouched: bool  # a manifest says that the source's values are as they were converted
+
+
+def edited(step: Step, found: str) -> EditedOutput:
+    """An error for the caller to raise: a manifest vouches for values that are not there."""
+    return EditedOutput(
+        f"{step.name!r} is not what it was when this directory was converted, and its manifest says it is",
+        found=found,
+        do="if you changed the values on purpose: --accept-changes; if not, convert the release again",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,8 +29,6 @@ def require_lossless(plan: Plan, checkpoint: Checkpoint, stop: Stop) -> None:
             for tensor in file.tensors:
                 for step in tensor.steps:
                     stop.check()
-                    if step.name in plan.options.allow_nan:
-                        continue
                     if step.op is Op.TILES:
                         _require_tiles(inputs, step, reader)
                     elif step.op is Op.NVFP4_SCALES:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from . import codec, encode, formats, recast
-from .desk import Desk
-from .errors import BadSidecar, EditedOutput, NotFinite, NotLossless
+from .desk import Desk, edited
+from .errors import BadSidecar, NotFinite, NotLossless
 from .formats import E8M0_NAN, FP4_EXPERT, FP8_TILE, Quant
 from .inputs import as_rows, exponent_of, nvfp4_scales, require_finite_scales
 from .plan import ScalePolicy
@@ -59,7 +59,8 @@ class Encoder:
         touched, num_blocks = False, 0
         for first in range(0, step.rows, each):
             rows = min(each, step.rows - first)
-            raw_bytes, values = self._values(step, first, rows)
+            raw_bytes, values, num_inexact = self._values(step, first, rows)
+            desk.notes.not_exact += num_inexact
             known = self._ask(step, first, raw_bytes, values, working)
             if known.untouched:
                 made = self._restore(step, values, known, working)
@@ -80,12 +81,15 @@ class Encoder:
 
     # -- what comes in
 
-    def _values(self, step: Step | Matrix, first: int, rows: int) -> tuple[memoryview, Tensor]:
-        """The stored bytes of some rows, and what they mean as bfloat16 [rows, C]. raises NotFinite"""
-        desk = self._desk
+    def _values(self, step: Step, first: int, rows: int) -> tuple[memoryview, Tensor, int]:
+        """The stored bytes of some rows, what they mean as bfloat16 [rows, C], and how many of those are rounded.
+
+        raises NotFinite
+        """
+        desk, num_inexact = self._desk, 0
         data = desk.inputs.stored(step, first, rows)
         stored = as_rows(data, rows)
-        if not isinstance(step, Step) or step.quant is None:
+        if step.quant is None:
             values = stored.view(torch.bfloat16)
         else:
             scale_2 = desk.inputs.number(step.per_tensor[0]) if step.per_tensor else 1.0
@@ -97,8 +101,8 @@ class Encoder:
                 mine = scales[begin // height : formats.ceil_div(begin + count, height)]
                 chunk = slice(begin, begin + count)
                 decoded = decoded_rows(stored[chunk], mine, step.quant, values[chunk], scale_2)
-                desk.notes.not_exact += decoded.num_inexact
-        return data, values
+                num_inexact += decoded.num_inexact
+        return data, values, num_inexact
 
     def _ask(
         self, step: Step, first: int, raw_bytes: memoryview, values: Tensor, working: Quant
@@ -142,12 +146,11 @@ class Encoder:
         desk = self._desk
         self._require_finite(step, first, values)
         if desk.rules.is_vouched and desk.knowledge:
-            raise EditedOutput(
-                f"{step.name!r} is not what it was when this directory was converted, and its manifest says it is",
-                found=f"other values in the {values.shape[0]} rows from row {first} on",
-                do="if you changed the values on purpose: --accept-changes; if not, convert the release again",
-            )
-        scales = self._scales(values, known, working)
+            raise edited(step, f"other values in the {values.shape[0]} rows from row {first} on")
+        if step.has_no_scales:
+            scales = codec.unit_scale(*formats.scale_shape((values.shape[0], values.shape[1]), working.block))
+        else:
+            scales = self._scales(values, known, working)
         codes = self._codes(values, scales, working)
         if not step.is_scale:
             self._measure(step, values, codes, scales, known, working)
@@ -212,9 +215,7 @@ class Encoder:
         scales = piece.scales
         if step.target.per_tensor:
             made = nvfp4_scales(step, scales, kmax)
-            lost = made.lost_rc & recast.has_values(
-                piece.codes, FP4_EXPERT.block
-            )  # blocks of zeros lose nothing
+            lost = made.lost_rc & recast.has_values(piece.codes, FP4_EXPERT.block)  # zeros lose nothing
             if bool(lost.any()) and not self._desk.rules.allow_lossy:
                 raise NotLossless(
                     f"the blocks of {step.name!r} span more exponents than NVFP4 scales can hold",
@@ -248,19 +249,11 @@ class Encoder:
 
     def _encoded_scales(self, step: Step, matrix: Matrix) -> list[Tensor]:
         """The FP4 scales that a matrix of values will get."""
-        if step.quant is not None:
-            matrix_step = step._replace(
-                source=matrix.source, begin=matrix.begin, rows=matrix.rows, row_bytes=matrix.row_bytes,
-                scale=matrix.scale, scale_begin=matrix.scale_begin, scale_row_bytes=matrix.scale_row_bytes,
-            )  # fmt: skip
-        else:
-            matrix_step = step._replace(
-                source=matrix.source, begin=matrix.begin, rows=matrix.rows, row_bytes=matrix.row_bytes
-            )
+        matrix_step = step._replace(**matrix._asdict())
         each = piece_rows(matrix_step.columns)
         made = []
         for first in range(0, matrix.rows, each):
-            _, values = self._values(matrix_step, first, min(each, matrix.rows - first))
+            _, values, _ = self._values(matrix_step, first, min(each, matrix.rows - first))
             self._require_finite(matrix_step, first, values)
             made.append(self._scales(values, _NOTHING, FP4_EXPERT))
         return made

@@ -67,15 +67,12 @@ class Step(NamedTuple):
     quant: Quant | None = None  # of the source
     per_tensor: tuple[str, ...] = ()  # the source's further scales, as quant names them
     target: Quant | None = None  # of the output
-    scale_out: str | None = (
-        None  # ENCODE: the output tensor of this file that takes the scales, from this row on
-    )
+    scale_out: str | None = None  # ENCODE: the tensor of this file that takes the scales, from this row on
     scale_out_begin: int = 0
+    has_no_scales: bool = False  # ENCODE: the release has this matrix without scales, and so has the output
     shared: tuple[Matrix, ...] = ()  # NVFP4: the matrices under one weight_scale_2, this one included
     number: float = 0.0  # NUMBER
-    is_released: bool = (
-        False  # COPY: the source lacks the tensor; it is read from the release that --source names
-    )
+    is_released: bool = False  # COPY: the source lacks the tensor; it comes from what --source names
     leaf: str = "weight"  # which tensor of the matrix this makes, in the words of names.LEAVES
 
     @property
@@ -205,6 +202,8 @@ class StepMaker:
         if op is not Op.ENCODE:
             return step
         scale, index = self.target.scales[logical.name]
+        if scale not in self.target.stored:
+            return step._replace(has_no_scales=True)
         if stored.leaf == "weight" and scale in in_file:
             return step._replace(
                 scale_out=scale, scale_out_begin=self.target.stored[scale].parts[index].begin

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import codec, encode, formats, recast
-from .desk import Desk
+from .desk import Desk, edited
 from .errors import NotFinite
 from .formats import Quant
 from .inputs import (
@@ -130,6 +130,8 @@ class Worker:
         self._finish(recorder)
         if digest and self._desk.knowledge:
             same = self._desk.knowledge.is_untouched(step.name, digest.digest())
+            if same is False and self._desk.rules.is_vouched:
+                raise edited(step, "other bytes")
             self._desk.notes.untouched += same is True
             self._desk.notes.changed += same is False
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from test_roundtrip import convert, files_of, tensors_of
 
 from dsv4ckpt import compare, errors, formats, verify
@@ -428,3 +429,41 @@ def test_config_edited_by_a_trainer_keeps_its_keys_and_gets_the_quantization_bac
     document = json.loads((tmp_path / "back" / "config.json").read_text())
     released = json.loads((flash / "config.json").read_text())
     assert document == {**released, "rope_theta": 20000, "note": "tuned"}
+
+
+def test_changed_matrix_that_the_release_has_without_scales_is_quantized_without_scales(
+    flash: Path, tmp_path: Path
+) -> None:
+    """Any other scale would be lost: there is no tensor for it."""
+    from test_roundtrip import tune
+
+    checkpoint = tiny.copy_of(flash, tmp_path / "checkpoint")
+    tiny.edit_shard(
+        tiny.shard_of(checkpoint, f"{DENSE}.scale"), lambda tensors: tensors.pop(f"{DENSE}.scale")
+    )
+    tiny.edit_weight_map(checkpoint, lambda weight_map: weight_map.pop(f"{DENSE}.scale"))
+    unit = frozenset({f"{DENSE}.weight"})
+    convert(checkpoint, tmp_path / "bf16", Target.BF16, unit_scales=unit)
+    tune(tmp_path / "bf16", f"{DENSE}.weight", lambda values: values * 1.25)
+    convert(tmp_path / "bf16", tmp_path / "out", Target.NATIVE, allow_lossy=True)
+    assert f"{DENSE}.scale" not in tensors_of(tmp_path / "out")
+    convert(tmp_path / "out", tmp_path / "again", Target.BF16, unit_scales=unit)
+    stored = [
+        tensors_of(directory)[f"{DENSE}.weight"].data for directory in (tmp_path / "bf16", tmp_path / "again")
+    ]
+    one, two = (torch.frombuffer(bytearray(data), dtype=torch.bfloat16).float() for data in stored)  # type: ignore[arg-type]
+    assert float((one - two).norm() / one.norm()) < 0.05
+
+
+def test_nan_that_was_allowed_comes_back_as_it_was(flash: Path, tmp_path: Path) -> None:
+    """The sign and payload of a NaN code, and a NaN scale, are nothing that BF16 values tell."""
+    checkpoint = tiny.copy_of(flash, tmp_path / "checkpoint")
+    edit(checkpoint, f"{DENSE}.weight", lambda data: data.__setitem__(slice(5, 7), b"\xff\x7f"))
+    edit(checkpoint, f"{W1}.scale", lambda data: data.__setitem__(3, 255))
+    allowed = frozenset({f"{DENSE}.weight", f"{W1}.weight"})
+    summary = convert(checkpoint, tmp_path / "bf16", Target.BF16, allow_nan=allowed)
+    assert summary.num_not_finite == 2 + 32
+    convert(tmp_path / "bf16", tmp_path / "back", Target.NATIVE)
+    assert files_of(tmp_path / "back") == files_of(checkpoint)
+    with pytest.raises(errors.NotFinite):
+        convert(checkpoint, tmp_path / "fp8", Target.FP8, allow_nan=allowed)

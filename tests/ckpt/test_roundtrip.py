@@ -305,6 +305,16 @@ def test_edited_values_are_refused_while_a_manifest_vouches_for_them(bf16: Path,
     assert convert(bf16, tmp_path / "out", Target.NATIVE, accept_changes=True).num_changed == 1
 
 
+def test_edited_norm_is_refused_while_a_manifest_vouches_for_it(bf16: Path, tmp_path: Path) -> None:
+    """Tensors that are only copied are hashed too."""
+    manifest = (bf16 / "dsv4.manifest.json").read_bytes()
+    tune(bf16, NORM, lambda values: -values)
+    (bf16 / "dsv4.manifest.json").write_bytes(manifest)
+    with pytest.raises(errors.EditedOutput, match="--accept-changes"):
+        convert(bf16, tmp_path / "out", Target.NATIVE)
+    assert not (tmp_path / "out").exists()
+
+
 def test_sidecar_of_another_release_is_refused(
     sample_of: Callable[[str], Path], flash: Path, bf16: Path, tmp_path: Path
 ) -> None:
