@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import hashlib
 import os
 import threading
 from collections.abc import Callable
@@ -123,6 +124,9 @@ def execute(
         _require_space(path, plan.total_bytes - _finished_bytes(path, plan))
         prove.require_lossless(plan, checkpoint, stop)
         stamps = checkpoint.stamps_sha256()
+        if plan.original and plan.original.survey:  # it decides bytes as much as the source does
+            both = stamps + plan.original.survey.checkpoint.stamps_sha256()
+            stamps = hashlib.sha256(both.encode()).hexdigest()
         with outdir.open_outdir(path, plan.sha256, known, stamps) as out:
             run = _Run(plan, checkpoint, out, _rules(plan, checkpoint, accept_changes), on_event, stop)
             waiting = [item for item in enumerate(plan.files) if not _is_done(item, run)]
