@@ -49,6 +49,9 @@ class Encoder:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self._exponents: dict[tuple[Matrix, ...], int] = {}
+        self._buffer = torch.empty(
+            0, dtype=torch.bfloat16
+        )  # decoded values of one piece; fresh pages are slow
 
     def encode(self, step: Step, begins: dict[str, int]) -> None:
         """Write codes at the sink's position, and scales where the file wants them; a scale step writes no codes."""
@@ -95,7 +98,9 @@ class Encoder:
             scale_2 = desk.inputs.number(step.per_tensor[0]) if step.per_tensor else 1.0
             scales = desk.inputs.scales(step, first, rows)
             require_finite_scales(desk.inputs.reader, step, scales, first // step.quant.block.rows, scale_2)
-            values = torch.empty((rows, step.columns), dtype=torch.bfloat16)
+            if self._buffer.numel() < rows * step.columns:
+                self._buffer = torch.empty(rows * step.columns, dtype=torch.bfloat16)
+            values = self._buffer[: rows * step.columns].view(rows, step.columns)
             height = step.quant.block.rows
             for begin, count in chunks(rows, step.columns, height):
                 mine = scales[begin // height : formats.ceil_div(begin + count, height)]

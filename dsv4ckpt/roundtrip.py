@@ -101,8 +101,7 @@ class Recorder:
     def copied(self, data: memoryview) -> None:
         """Bytes of source and output, in order."""
         self._converted.update(data)
-        if self._quant:
-            self._codes.update(data)
+        self._codes = self._converted
 
     def converted(self, data: memoryview) -> None:
         """Bytes of the output, in order."""

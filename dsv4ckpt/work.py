@@ -27,7 +27,7 @@ from .inputs import (
 from .requantize import Encoder
 from .roundtrip import Recorder, bytes_of, carries_codes, decoded_rows, ruled_scales
 from .sidecar import piece_rows
-from .source import Reader
+from .source import Landing
 from .steps import Op, PlannedTensor, Step
 
 _CHUNK_VALUES = 1024 * 1024  # decoded at a time: fits the second-level cache together with its index
@@ -64,6 +64,7 @@ class Worker:
     def __init__(self, desk: Desk) -> None:
         self._desk, self._inputs, self._sink = desk, desk.inputs, desk.sink
         self._reader, self._values, self._encoder = desk.inputs.reader, _Scratch(), Encoder(desk)
+        self._landing = Landing()
 
     def carry_out(self, step: Step, tensor: PlannedTensor, begins: dict[str, int]) -> None:
         """begins: where the file's tensors begin, for what is not made in order."""
@@ -112,19 +113,17 @@ class Worker:
         compares = self._desk.knowledge and step.quant is None and not step.is_scale and not step.is_released
         digest = hashlib.sha256() if compares else None
         for first, rows in self._pieces(step):
+            data = memoryview(b"")
             for data in self._copied(step, tensor, first, rows):
                 if recorder:
                     recorder.copied(data)
                 if digest:
                     digest.update(data)
             if recorder:
-                scales = (
-                    None
-                    if step.quant is None or step.scale is None
-                    else self._inputs.scales(step, first, rows)
-                )
+                has_scales = step.quant is not None and step.scale is not None
+                scales = self._inputs.scales(step, first, rows) if has_scales else None
                 if recorder.wants_rule and scales is not None and step.quant:
-                    codes = self._inputs.codes(step, first, rows)
+                    codes = as_rows(data, rows)  # a piece of codes came in one
                     recorder.ruled(encode.fp4_grid_scale_of_codes(codes, scales, step.quant.block))
                 recorder.end_piece(scales)
         self._finish(recorder)
@@ -135,31 +134,24 @@ class Worker:
             self._desk.notes.untouched += same is True
             self._desk.notes.changed += same is False
 
-    def _reader_of(self, step: Step) -> Reader:
-        return self._desk.released if step.is_released and self._desk.released else self._reader
-
     def _copied(self, step: Step, tensor: PlannedTensor, first: int, rows: int) -> Iterator[memoryview]:
-        """Stored bytes are output bytes: read straight into the slab, and shown before they are handed on."""
-        begin = (step.begin + first) * step.row_bytes
-        offset, end = begin, begin + rows * step.row_bytes
+        """Stored bytes become output bytes; they are shown on the way, codes a piece at a time."""
+        reader = self._desk.released if step.is_released and self._desk.released else self._reader
+        begin, size = first * step.row_bytes, rows * step.row_bytes
         dtype = None if step.quant else _FLOATS.get(tensor.dtype)
-        width = formats.DTYPE_BITS[tensor.dtype] // 8 or 1
-        while offset < end:
+        each = size if step.quant else _COPY_BYTES
+        for at in range(begin, begin + size, each or 1):
             self._desk.stop.check()
-            room = self._sink.room()
-            count = min(len(room) // width * width or 1, end - offset, _COPY_BYTES)
-            data = room[:count]
-            self._reader_of(step).read_into(step.source, data, offset)
-            if dtype is not None and count % width == 0:
+            count = min(each, begin + size - at)
+            data = reader.read(step.source, step.begin * step.row_bytes + at, count, self._landing)
+            if dtype is not None:
                 values = torch.frombuffer(data, dtype=dtype)
-                at = (offset - step.begin * step.row_bytes) // width
-                self._note_not_finite(
-                    step, values, codec.count_not_finite(values), at, step.row_bytes // width
-                )
-            yield data
-            self._sink.advance(count)
+                width = values.element_size()
+                num_bad = codec.count_not_finite(values)
+                self._note_not_finite(step, values, num_bad, at // width, step.row_bytes // width)
+            self._sink.write(data)
             self._desk.on_bytes(count)
-            offset += count
+            yield data
 
     # -- codes to values
 
