@@ -172,8 +172,7 @@ def make_plan(survey: Survey, options: ConvertOptions, original: Original | None
     target = lay_out(
         [renamed for _, renamed in kept], identity.release.family.table, storage, options.namespace
     )
-    is_back = storage is identity.release.storage and identity.storage is not storage
-    original = original if is_back else None
+    original = original if storage is identity.release.storage else None
     if original:
         _leave_out_absent_scales(original, target)
         _require_kin(original, survey, target)

@@ -435,3 +435,15 @@ def test_only_the_changed_pieces_of_a_tensor_are_quantized(
     before, after = tensors_of(flash)[name].data, tensors_of(tmp_path / "out")[name].data
     assert isinstance(before, bytes) and isinstance(after, bytes)
     assert before[: 128 * 64] == after[: 128 * 64] and before != after
+
+
+@pytest.mark.parametrize("target", [Target.FP8, Target.FP8_F32SCALE, Target.NATIVE])
+@pytest.mark.parametrize("release", ["flash", "flash-base", "v4.1-flash"])
+def test_quantized_formats_under_transformers_names_come_back(
+    sample_of: Callable[[str], Path], tmp_path: Path, release: str, target: Target
+) -> None:
+    """Fused experts, codes and scales, in tiles and blocks."""
+    convert(sample_of(release), tmp_path / "there", target, namespace=Namespace.TRANSFORMERS)
+    assert tiny.survey_of(tmp_path / "there").deviations == []
+    convert(tmp_path / "there", tmp_path / "back", Target.NATIVE, released=sample_of(release))
+    assert files_of(tmp_path / "back") == files_of(sample_of(release))
