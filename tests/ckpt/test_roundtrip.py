@@ -83,14 +83,19 @@ def test_bf16_and_back_with_the_release_at_hand_needs_no_sidecar(
 TARGETS = [Target.FP8, Target.FP8_F32SCALE, Target.NVFP4, Target.MXFP4_CT]
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("release", ALL)
+# Base has FP8 experts, and fp8-f32scale is its own format
+ACROSS = [
+    (release, target)
+    for release in ALL
+    for target in TARGETS
+    if RELEASES[release].storage is not Storage.FP8_F32SCALE or target is Target.FP8
+]
+
+
+@pytest.mark.parametrize(("release", "target"), ACROSS)
 def test_other_formats_and_back_give_every_file_of_the_release(
     sample_of: Callable[[str], Path], tmp_path: Path, release: str, target: Target
 ) -> None:
-    native = RELEASES[release].storage
-    if native is Storage.FP8_F32SCALE and target in (Target.NVFP4, Target.MXFP4_CT, Target.FP8_F32SCALE):
-        pytest.skip("Base has FP8 experts; its own format is fp8-f32scale")
     convert(sample_of(release), tmp_path / "there", target)
     convert(tmp_path / "there", tmp_path / "back", Target.NATIVE)
     assert files_of(tmp_path / "back") == files_of(sample_of(release))
@@ -121,6 +126,7 @@ def test_sidecar_is_carried_from_one_namespace_to_the_other(flash: Path, tmp_pat
 # ---- DCP
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_detour_through_torch_dcp_ends_in_the_release(flash: Path, tmp_path: Path) -> None:
     """BF16 tensors as a trainer saves and loads them, then written as one plain safetensors file."""
     import torch.distributed.checkpoint as dcp
