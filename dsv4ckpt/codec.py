@@ -133,15 +133,7 @@ def decode_fp4(codes_RP: Tensor, scale_rc: Tensor, block: Block, out: Tensor | N
     returns   bfloat16 [R, C]; exact, -0 kept, infinity where 2**128 is passed (scale bytes 253 and 254)
     """
     rows, packed = codes_RP.shape
-    per_block = block.cols // 2
-    whole = packed // per_block * per_block
-    index = torch.empty((rows, packed), dtype=torch.int32)
-    index.copy_(codes_RP)
-    base_rc = scale_rc.to(torch.int32) << 8
-    blocks = torch.unflatten(index[:, :whole], 1, (whole // per_block, per_block))
-    blocks += base_rc[:, : whole // per_block, None]
-    if whole < packed:  # the last block of a row is cut off by the edge
-        index[:, whole:] += base_rc[:, -1:]
+    index = pair_index(codes_RP, scale_rc.to(torch.int32) << 8, block)
     values = torch.empty((rows, 2 * packed), dtype=torch.bfloat16) if out is None else out
     torch.index_select(_fp4_table(), 0, index.view(-1), out=values.view(-1).view(torch.int32))
     if _highest(scale_rc) < 253:  # 6 * 2**(253 - 127) is the smallest product beyond bfloat16

@@ -19,7 +19,7 @@ from . import codec, encode, formats
 from .errors import BadSidecar, NotLossless
 from .formats import Quant, Shape
 from .sidecar import KEPT, RULE, UNIT, VERBATIM, Piece, Record, Sidecar, piece_rows
-from .source import Reader
+from .source import Landing, Reader
 from .steps import Op, Step
 from .survey import Survey
 
@@ -29,6 +29,7 @@ _EXACT_F32 = (
 )  # above it neighbouring codes stay apart in bfloat16; the scale itself may be any number
 _GAP_BYTES, _SCALE_BYTES = 4, 1
 _CHUNK_VALUES = 1024 * 1024
+_HASH_BYTES = 4 * 1024 * 1024
 
 
 def has_rule(quant: Quant) -> bool:
@@ -278,6 +279,7 @@ class SourceKnowledge:
 
     def __init__(self, survey: Survey, reader: Reader) -> None:
         self._survey, self._reader = survey, reader
+        self._codes, self._scales = Landing(), Landing()  # of the last piece
 
     def piece(
         self,
@@ -290,13 +292,13 @@ class SourceKnowledge:
         rows, cols = values.shape
         layout = self._survey.layout
         shape = formats.codes_shape((rows, cols), quant)
-        codes = self._read(layout.weights[name][0], first_row * shape[1], torch.uint8, shape)
+        codes = self._read(layout.weights[name][0], first_row * shape[1], torch.uint8, shape, self._codes)
         grid = formats.scale_shape((rows, cols), quant.block)
         scale_name = layout.scales[name][0]
         if scale_name in self._survey.checkpoint.tensors:
             dtype = torch.float32 if quant.scale == "F32" else torch.uint8
             at = first_row // quant.block.rows * formats.stored_bytes(quant.scale, grid[1:])
-            scales = self._read(scale_name, at, dtype, grid)
+            scales = self._read(scale_name, at, dtype, grid, self._scales)
         else:
             scales = codec.unit_scale(*grid)
         original = decoded_rows(codes, scales, quant).values
@@ -304,21 +306,17 @@ class SourceKnowledge:
             return KnownPiece(True, scales, codes)
         return KnownPiece(False, scales, None, original)
 
-    def _read(self, name: str, offset: int, dtype: torch.dtype, shape: Shape) -> Tensor:
-        data = bytearray(formats.num_elements(shape) * dtype.itemsize)
-        self._reader.read_into(name, memoryview(data), offset)
+    def _read(self, name: str, offset: int, dtype: torch.dtype, shape: Shape, landing: Landing) -> Tensor:
+        data = self._reader.read(name, offset, formats.num_elements(shape) * dtype.itemsize, landing)
         return torch.frombuffer(data, dtype=dtype).view(shape)
 
     def is_untouched(self, name: str, digest: bytes) -> bool | None:
         if name not in self._survey.checkpoint.tensors:
             return None
         entry = self._survey.checkpoint.tensors[name].entry
-        found = hashlib.sha256()
-        buffer = bytearray(min(entry.end - entry.begin, 1 << 22))
-        for offset in range(0, entry.end - entry.begin, len(buffer) or 1):
-            view = memoryview(buffer)[: entry.end - entry.begin - offset]
-            self._reader.read_into(name, view, offset)
-            found.update(view)
+        size, found = entry.end - entry.begin, hashlib.sha256()
+        for offset in range(0, size, _HASH_BYTES):
+            found.update(self._reader.read(name, offset, min(_HASH_BYTES, size - offset), self._codes))
         return found.digest() == digest
 
 

@@ -216,10 +216,14 @@ class Reader:
         return self._checkpoint.tensors[name].shard
 
     def will_need(self, name: str, offset: int, size: int) -> None:
-        """Tell the kernel to start reading a range of tensor `name`."""
+        """Tell the kernel to start reading a range of tensor `name`, unless `read` goes past its cache."""
         place = self._checkpoint.tensors[name]
-        if hasattr(os, "posix_fadvise") and self._direct_fds.get(place.shard) is None:
-            os.posix_fadvise(self._fd(place.shard), place.entry.begin + offset, size, os.POSIX_FADV_WILLNEED)
+        with io_errors(place.shard):
+            if size >= _DIRECT_BYTES and self._direct_fd(place.shard) is not None:
+                return
+            if hasattr(os, "posix_fadvise"):
+                begin = place.entry.begin + offset
+                os.posix_fadvise(self._fd(place.shard), begin, size, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self) -> None:
         """raises SourceChanged if a file that was read is no longer the planned one"""
