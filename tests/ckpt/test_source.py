@@ -57,6 +57,40 @@ def test_reader_gives_any_range_within_a_tensor(offset: int, size: int, flash: P
     assert buffer == whole[offset : offset + size]
 
 
+@pytest.mark.parametrize("least", [1, 1 << 40], ids=["past the cache", "through it"])
+def test_landing_reads_give_every_tensor_and_any_range(
+    least: int, flash: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranges begin and end anywhere, also at the end of a file; the memory is used again."""
+    monkeypatch.setattr(source, "_DIRECT_BYTES", least)
+    landing = source.Landing()
+    with opened(flash).reader() as reader:
+        for file in sorted(flash.glob("*.safetensors")):
+            for name, tensor in tiny.read_shard(file).items():
+                assert isinstance(tensor.data, bytes)
+                for begin, end in ((0, tensor.size), (1, tensor.size), (tensor.size // 3, tensor.size // 2)):
+                    assert reader.read(name, begin, end - begin, landing) == tensor.data[begin:end], name
+
+
+@pytest.mark.parametrize("least", [1, 1 << 40], ids=["past the cache", "through it"])
+def test_landing_read_of_a_file_cut_off_meanwhile_is_an_error(
+    least: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "_DIRECT_BYTES", least)
+    tiny.replace(checkpoint / FIRST_LAYER, (checkpoint / FIRST_LAYER).read_bytes())  # no longer a link
+    found = opened(checkpoint)
+    name, place = max(
+        ((name, place) for name, place in found.tensors.items() if place.shard == FIRST_LAYER),
+        key=lambda item: item[1].entry.end,
+    )
+    size = place.entry.end - place.entry.begin
+    landing = source.Landing()
+    with pytest.raises(SourceChanged), found.reader() as reader:
+        reader.read(name, 0, size, landing)
+        os.truncate(checkpoint / FIRST_LAYER, place.entry.end - size // 2)
+        reader.read(name, 0, size, landing)
+
+
 def test_reader_closes_its_files(flash: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     with opened(flash).reader() as reader:
