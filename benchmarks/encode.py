@@ -7,14 +7,13 @@ Rates are in GB of BF16 per second; decode of the same run is the yardstick.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
 from compressed_tensors.quantization.utils.fp4_utils import cast_to_fp4
 from compressed_tensors.quantization.utils.mxfp_utils import generate_mx_scales
+from decode import rate
 
 from dsv4ckpt import codec, encode
 from dsv4ckpt.formats import FP4_EXPERT, FP8_TILE
@@ -61,16 +60,6 @@ def peer_fp4(values: torch.Tensor) -> torch.Tensor:
     exponent = generate_mx_scales(blocks.abs().amax(-1))
     scaled = (blocks / torch.exp2(exponent - 127)[..., None]).clamp(-6, 6)
     return pack_fp4_to_uint8(cast_to_fp4(scaled).flatten(-2))
-
-
-def rate(action: Callable[[], object], out_bytes: int) -> float:
-    action()
-    times = []
-    for _ in range(15):
-        began = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - began)
-    return out_bytes / statistics.median(times) / 1e9
 
 
 def main() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -151,14 +152,13 @@ def _one(
     document: dict[str, Any] = {"ok": structure.ok, "structure": structure.document()}
     has_manifest = os.path.lexists(os.path.join(path, MANIFEST_NAME))
     if level == "bytes" or (level is None and has_manifest):
-        stop = _StopFlag()
-        with Progress("verify", quiet=console.quiet) as progress, stopping_on_signals(stop):
+        with _watched(console) as (on_event, stop):
             report = verify.verify_bytes(
                 path,
                 subset=subset,
                 follow_links=follow_links,
                 num_workers=workers,
-                on_event=_follow(progress),
+                on_event=on_event,
                 stop=stop,
             )
         _say_problems(
@@ -187,15 +187,14 @@ def _against_oids(
 ) -> int:
     published = oids.read_list(oids_path)
     console.say(f"{path}: against {plural(len(published), 'id')} in {os.path.basename(oids_path)}", bold=True)
-    stop = _StopFlag()
-    with Progress("verify", quiet=console.quiet) as progress, stopping_on_signals(stop):
+    with _watched(console) as (on_event, stop):
         report = oids.verify_oids(
             path,
             published,
             subset=subset,
             follow_links=follow_links,
             num_workers=workers,
-            on_event=_follow(progress),
+            on_event=on_event,
             stop=stop,
         )
     problems = [_file_words(file) for file in report.files if file.verdict != "ok"]
@@ -230,15 +229,14 @@ def _two(
         identity = found.identity
         what = f"{identity.release.name}, {identity.storage}, {identity.namespace} names"
         console.say(f"{letter} {path}: {what}", bold=True)
-    stop = _StopFlag()
-    with Progress("verify", quiet=console.quiet) as progress, stopping_on_signals(stop):
+    with _watched(console) as (on_event, stop):
         report = compare.verify_values(
             surveys[0],
             surveys[1],
             subset=subset,
             tensors=tensors,
             num_workers=workers,
-            on_event=_follow(progress),
+            on_event=on_event,
             stop=stop,
         )
     for note in report.notes:
@@ -291,6 +289,14 @@ def _say_files(files: verify.FilesReport, console: Console) -> None:
 def _few(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN:,} more; --json lists all" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
+
+
+@contextmanager
+def _watched(console: Console) -> Iterator[tuple[verify.OnEvent, _StopFlag]]:
+    """A progress bar and a flag that signals raise, for as long as the work takes."""
+    stop = _StopFlag()
+    with Progress("verify", quiet=console.quiet) as progress, stopping_on_signals(stop):
+        yield _follow(progress), stop
 
 
 def _follow(progress: Progress) -> verify.OnEvent:

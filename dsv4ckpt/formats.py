@@ -185,6 +185,16 @@ def ceil_div(count: int, size: int) -> int:
     return -(-count // size)
 
 
+def spans(length: int, each: int) -> list[tuple[int, int]]:
+    """(first, count) of consecutive pieces of `each`, the last one shorter."""
+    return [(first, min(each, length - first)) for first in range(0, length, each)]
+
+
+def block_rows_of(first: int, rows: int, block: Block) -> slice:
+    """Which rows of a scale grid belong to these rows of the matrix."""
+    return slice(first // block.rows, ceil_div(first + rows, block.rows))
+
+
 def num_elements(shape: Shape) -> int:
     count = 1
     for length in shape:

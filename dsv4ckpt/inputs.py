@@ -35,15 +35,12 @@ class Inputs:
     def scales(self, step: Step, first: int, rows: int) -> Tensor:
         """The scales of every block that these rows touch; uint8 or float32 [r, c]."""
         assert step.quant is not None
-        height = step.quant.block.rows
-        begin, end = first // height, formats.ceil_div(first + rows, height)
+        of = formats.block_rows_of(first, rows, step.quant.block)
+        count = of.stop - of.start
         if step.scale is None:
-            return codec.unit_scale(end - begin, formats.ceil_div(step.columns, step.quant.block.cols))
-        offset, size = (
-            (step.scale_begin + begin) * step.scale_row_bytes,
-            (end - begin) * step.scale_row_bytes,
-        )
-        found = as_rows(self.reader.read(step.scale, offset, size, self._scales), end - begin)
+            return codec.unit_scale(count, formats.ceil_div(step.columns, step.quant.block.cols))
+        offset, size = (step.scale_begin + of.start) * step.scale_row_bytes, count * step.scale_row_bytes
+        found = as_rows(self.reader.read(step.scale, offset, size, self._scales), count)
         return found.view(torch.float32) if step.quant.scale == "F32" else found
 
     def scales_of(self, matrix: Matrix) -> Tensor:

@@ -38,14 +38,10 @@ def require_lossless(plan: Plan, checkpoint: Checkpoint, stop: Stop) -> None:
 def _require_tiles(inputs: Inputs, step: Step, reader: Reader) -> None:
     assert step.target is not None and step.quant is not None
     tile = step.target.block
-    each = max(1, _ROWS // tile.rows) * tile.rows
-    for first in range(0, step.rows, each):
-        rows = min(each, step.rows - first)
+    for first, rows in formats.spans(step.rows, max(1, _ROWS // tile.rows) * tile.rows):
         require_finite_scales(reader, step, inputs.scales(step, first, rows), first)
         tiles = tile_scales(inputs, step, first, rows)
-        bad = (
-            tiles.gap_rc > recast.FP8_LOSSLESS_GAP
-        )  # a scale too small for E8M0 is clamped, and codes stay exact
+        bad = tiles.gap_rc > recast.FP8_LOSSLESS_GAP  # a low tile is clamped, and stays exact
         if not bool(bad.any()):
             continue
         row, col = bad.nonzero()[0].tolist()
@@ -62,8 +58,7 @@ def _require_tiles(inputs: Inputs, step: Step, reader: Reader) -> None:
 def _require_nvfp4(inputs: Inputs, step: Step, reader: Reader) -> None:
     assert step.quant is not None
     kmax = exponent_of(inputs, step)
-    for first in range(0, step.rows, _ROWS):
-        rows = min(_ROWS, step.rows - first)
+    for first, rows in formats.spans(step.rows, _ROWS):
         scales = inputs.scales(step, first, rows)
         require_finite_scales(reader, step, scales, first)
         lost = recast.nvfp4_scales(scales, kmax).lost_rc

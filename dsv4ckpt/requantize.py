@@ -58,10 +58,8 @@ class Encoder:
         assert step.target is not None
         desk, working = self._desk, _working(step.target)
         kmax = self.shared_exponent(step) if step.target.per_tensor else 0
-        each = piece_rows(step.columns)
         touched, num_blocks = False, 0
-        for first in range(0, step.rows, each):
-            rows = min(each, step.rows - first)
+        for first, rows in formats.spans(step.rows, piece_rows(step.columns)):
             raw_bytes, values, num_inexact = self._values(step, first, rows)
             desk.notes.not_exact += num_inexact
             known = self._ask(step, first, raw_bytes, values, working)
@@ -101,9 +99,8 @@ class Encoder:
             if self._buffer.numel() < rows * step.columns:
                 self._buffer = torch.empty(rows * step.columns, dtype=torch.bfloat16)
             values = self._buffer[: rows * step.columns].view(rows, step.columns)
-            height = step.quant.block.rows
-            for begin, count in chunks(rows, step.columns, height):
-                mine = scales[begin // height : formats.ceil_div(begin + count, height)]
+            for begin, count in chunks(rows, step.columns, step.quant.block.rows):
+                mine = scales[formats.block_rows_of(begin, count, step.quant.block)]
                 chunk = slice(begin, begin + count)
                 decoded = decoded_rows(stored[chunk], mine, step.quant, values[chunk], scale_2)
                 num_inexact += decoded.num_inexact
@@ -139,9 +136,8 @@ class Encoder:
     def _codes(self, values: Tensor, scales: Tensor, working: Quant) -> Tensor:
         rows, cols = values.shape
         codes = torch.empty(formats.codes_shape((rows, cols), working), dtype=torch.uint8)
-        height = working.block.rows
-        for begin, count in chunks(rows, cols, height):
-            mine = scales[begin // height : formats.ceil_div(begin + count, height)]
+        for begin, count in chunks(rows, cols, working.block.rows):
+            mine = scales[formats.block_rows_of(begin, count, working.block)]
             encoded(values[begin : begin + count], mine, working, codes[begin : begin + count])
         return codes
 
@@ -173,28 +169,26 @@ class Encoder:
 
     def _scales(self, values: Tensor, known: KnownPiece, working: Quant) -> Tensor:
         """What --scale-policy says, some rows of blocks at a time."""
-        height = working.block.rows
         made = []
-        whole = known.scales if known.scales is not None and are_usable(known.scales) else None
-        for begin, count in chunks(values.shape[0], values.shape[1], height):
-            source = whole
-            if source is not None:
-                source = source[begin // height : formats.ceil_div(begin + count, height)]
+        kept = known.scales if self._desk.rules.scale_policy is ScalePolicy.KEEP else None
+        if kept is not None and not are_usable(kept):
+            kept = None
+        for begin, count in chunks(values.shape[0], values.shape[1], working.block.rows):
+            source = None if kept is None else kept[formats.block_rows_of(begin, count, working.block)]
             made.append(self._scales_of_chunk(values[begin : begin + count], source, working))
         return torch.cat(made)
 
     def _scales_of_chunk(self, values: Tensor, source: Tensor | None, working: Quant) -> Tensor:
-        rules = self._desk.rules
-        keep = rules.scale_policy is ScalePolicy.KEEP and source is not None
+        """source: the scales to keep while they fit; None: fresh ones"""
         if working.codes_per_element == 2:
-            if keep and source is not None:
+            if source is not None:
                 return encode.kept_scale_fp4(values, source, working.block)
             fresh = encode.fp4_fresh_scale(values, working.block)
             grid = encode.fp4_grid_scale(values, working.block)
             return torch.where(grid == E8M0_NAN, fresh, grid)  # values on a grid lose nothing there
-        if keep and source is not None:
+        if source is not None:
             return encode.kept_scale_fp8(values, source, working.block)
-        if working.scale == "F32" and rules.float_scales:
+        if working.scale == "F32" and self._desk.rules.float_scales:
             return encode.fp8_fresh_scale_f32(values, working.block)
         fresh = encode.fp8_fresh_scale(values, working.block)
         return recast.e8m0_to_f32(fresh) if working.scale == "F32" else fresh
@@ -203,11 +197,10 @@ class Encoder:
         self, step: Step, values: Tensor, codes: Tensor, scales: Tensor, known: KnownPiece, working: Quant
     ) -> None:
         loss = self._desk.notes.losses.of(step.name)
-        height = working.block.rows
         alternative = FP8_TILE if working.codes_per_element == 2 else None
-        for begin, count in chunks(values.shape[0], values.shape[1], height):
+        for begin, count in chunks(values.shape[0], values.shape[1], working.block.rows):
             chunk = slice(begin, begin + count)
-            mine = scales[begin // height : formats.ceil_div(begin + count, height)]
+            mine = scales[formats.block_rows_of(begin, count, working.block)]
             original = None if known.values is None else known.values[chunk]
             measure(loss, values[chunk], codes[chunk], mine, working, original, alternative)
         if not self._desk.rules.allow_lossy:
@@ -255,10 +248,9 @@ class Encoder:
     def _encoded_scales(self, step: Step, matrix: Matrix) -> list[Tensor]:
         """The FP4 scales that a matrix of values will get."""
         matrix_step = step._replace(**matrix._asdict())
-        each = piece_rows(matrix_step.columns)
         made = []
-        for first in range(0, matrix.rows, each):
-            _, values, _ = self._values(matrix_step, first, min(each, matrix.rows - first))
+        for first, rows in formats.spans(matrix.rows, piece_rows(matrix_step.columns)):
+            _, values, _ = self._values(matrix_step, first, rows)
             self._require_finite(matrix_step, first, values)
             made.append(self._scales(values, _NOTHING, FP4_EXPERT))
         return made

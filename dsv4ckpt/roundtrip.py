@@ -24,9 +24,7 @@ from .steps import Op, Step
 from .survey import Survey
 
 _EXACT_BYTES = (3, 246)  # E8M0 bytes for which bfloat16 holds every product with E4M3
-_EXACT_F32 = (
-    2.0**-117
-)  # above it neighbouring codes stay apart in bfloat16; the scale itself may be any number
+_EXACT_F32 = 2.0**-117  # above it neighbouring codes stay apart in bfloat16, whatever number the scale is
 _GAP_BYTES, _SCALE_BYTES = 4, 1
 _CHUNK_VALUES = 1024 * 1024
 _HASH_BYTES = 4 * 1024 * 1024
@@ -258,8 +256,7 @@ def are_usable(scales: Tensor) -> bool:
 
 def chunks(rows: int, cols: int, height: int) -> list[tuple[int, int]]:
     """(first row, rows) of chunks of about a million values that are whole rows of blocks."""
-    each = max(1, _CHUNK_VALUES // max(1, cols) // height) * height
-    return [(begin, min(each, rows - begin)) for begin in range(0, rows, each)]
+    return formats.spans(rows, max(1, _CHUNK_VALUES // max(1, cols) // height) * height)
 
 
 def _foreign(what: str) -> BadSidecar:
@@ -315,8 +312,8 @@ class SourceKnowledge:
             return None
         entry = self._survey.checkpoint.tensors[name].entry
         size, found = entry.end - entry.begin, hashlib.sha256()
-        for offset in range(0, size, _HASH_BYTES):
-            found.update(self._reader.read(name, offset, min(_HASH_BYTES, size - offset), self._codes))
+        for offset, count in formats.spans(size, _HASH_BYTES):
+            found.update(self._reader.read(name, offset, count, self._codes))
         return found.digest() == digest
 
 

@@ -45,25 +45,12 @@ def chunk_rows(row: int, rows: int, row_values: int, block_rows: int, most: int)
     return most if most == rows - row else most - most % block_rows
 
 
-class _Scratch:
-    """A buffer that is reused from chunk to chunk: fresh pages cost more than the decoding."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray(0)
-
-    def take(self, size: int) -> memoryview:
-        """`size` bytes; what an earlier take returned must no longer be in use."""
-        if len(self._buffer) < size:
-            self._buffer = bytearray(size)
-        return memoryview(self._buffer)[:size]
-
-
 class Worker:
     """Turns steps into bytes of one output file, and into records of what they were."""
 
     def __init__(self, desk: Desk) -> None:
         self._desk, self._inputs, self._sink = desk, desk.inputs, desk.sink
-        self._reader, self._values, self._encoder = desk.inputs.reader, _Scratch(), Encoder(desk)
+        self._reader, self._values, self._encoder = desk.inputs.reader, Landing(), Encoder(desk)
         self._landing = Landing()
 
     def carry_out(self, step: Step, tensor: PlannedTensor, begins: dict[str, int]) -> None:
@@ -96,11 +83,9 @@ class Worker:
         """Only what holds values is recorded; scales belong to it."""
         return None if self._desk.part is None or step.is_scale else Recorder(step)
 
-    def _pieces(self, step: Step) -> Iterator[tuple[int, int]]:
+    def _pieces(self, step: Step) -> list[tuple[int, int]]:
         """(first row, rows) of what is recorded as one."""
-        each = step.rows if step.quant is None else piece_rows(step.columns)
-        for first in range(0, step.rows, each):
-            yield first, min(each, step.rows - first)
+        return formats.spans(step.rows, step.rows if step.quant is None else piece_rows(step.columns))
 
     def _finish(self, recorder: Recorder | None) -> None:
         if recorder and self._desk.part:
@@ -139,10 +124,9 @@ class Worker:
         reader = self._desk.released if step.is_released and self._desk.released else self._reader
         begin, size = first * step.row_bytes, rows * step.row_bytes
         dtype = None if step.quant else _FLOATS.get(tensor.dtype)
-        each = size if step.quant else _COPY_BYTES
-        for at in range(begin, begin + size, each or 1):
+        for skipped, count in formats.spans(size, max(1, size) if step.quant else _COPY_BYTES):
             self._desk.stop.check()
-            count = min(each, begin + size - at)
+            at = begin + skipped
             data = reader.read(step.source, step.begin * step.row_bytes + at, count, self._landing)
             if dtype is not None:
                 values = torch.frombuffer(data, dtype=dtype)
@@ -197,11 +181,10 @@ class Worker:
         direct = fitting > 0 and _is_aligned(room)
         count = chunk_rows(row - first, rows, step.columns, height, fitting if direct else 1)
         size = 2 * step.columns * count
-        data = room[:size] if direct else self._values.take(size)
+        data = room[:size] if direct else self._values.take(size)[:size]
         values = torch.frombuffer(data, dtype=torch.bfloat16).view(count, step.columns)
         codes = piece_codes[row - first : row - first + count]
-        block_row = (row - first) // height
-        mine = scales[block_row : block_row + formats.ceil_div(count, height)]
+        mine = scales[formats.block_rows_of(row - first, count, step.quant.block)]
         decoded = decoded_rows(codes, mine, step.quant, values, scale_2)
         self._desk.notes.not_exact += decoded.num_inexact
         if decoded.num_not_finite:
@@ -236,8 +219,7 @@ class Worker:
             while row < rows:
                 self._desk.stop.check()
                 count = chunk_rows(row, rows, step.columns, tile.rows, rows)
-                at = row // tile.rows
-                under = tiles[at : at + formats.ceil_div(count, tile.rows)]
+                under = tiles[formats.block_rows_of(row, count, tile)]
                 mine, chunk = scales[row : row + count], codes[row : row + count]
                 made = recast.fp4_to_fp8(chunk, mine, step.quant.block, under, tile)
                 self._desk.notes.not_exact += made.num_changed
@@ -255,19 +237,16 @@ class Worker:
         assert step.quant is not None and step.target is not None
         if step.op is Op.NVFP4_SCALES:
             kmax = self._encoder.shared_exponent(step)
-            for first in range(0, step.rows, _SCALE_ROWS):
+            for first, rows in formats.spans(step.rows, _SCALE_ROWS):
                 self._desk.stop.check()
-                rows = min(_SCALE_ROWS, step.rows - first)
                 made = nvfp4_scales(step, self._inputs.scales(step, first, rows), kmax)
                 if bool(made.lost_rc.any()):
                     self._desk.notes.not_exact += lost_values(self._inputs, step, first, rows, made.lost_rc)
                 self._write(made.scale)
             return
         height = step.target.block.rows if step.op is Op.TILES else step.quant.block.rows
-        each = max(1, _SCALE_ROWS // height) * height
-        for first in range(0, step.rows, each):
+        for first, rows in formats.spans(step.rows, max(1, _SCALE_ROWS // height) * height):
             self._desk.stop.check()
-            rows = min(each, step.rows - first)
             if step.op is Op.TILES:
                 scales = tile_scales(self._inputs, step, first, rows).scale_rc
             else:
