@@ -84,7 +84,7 @@ class Summary:
     """What came of a run."""
 
     files: tuple[Receipt, ...]
-    num_inexact: int  # values that BF16 could not hold exactly (F32 scales that are no powers of two)
+    num_inexact: int  # values that the output could not hold exactly
     num_not_finite: int  # NaN or infinities in tensors that --allow-nan names
     num_resumed: int  # files that an earlier run had finished
     num_untouched: int = 0  # tensors that are what the original had

@@ -290,12 +290,17 @@ def test_weight_and_scale_in_different_shards_come_back(flash: Path, tmp_path: P
     assert files_of(tmp_path / "back") == files_of(checkpoint)
 
 
+def without_scales(flash: Path, target: Path) -> Path:
+    """A copy in which DENSE has no scales, as one public repack has it."""
+    checkpoint = tiny.copy_of(flash, target)
+    name = f"{DENSE}.scale"
+    tiny.edit_shard(tiny.shard_of(checkpoint, name), lambda tensors: tensors.pop(name))
+    tiny.edit_weight_map(checkpoint, lambda weight_map: weight_map.pop(name))
+    return checkpoint
+
+
 def test_fp8_weight_without_scales_comes_back_without_scales(flash: Path, tmp_path: Path) -> None:
-    checkpoint = tiny.copy_of(flash, tmp_path / "checkpoint")
-    tiny.edit_shard(
-        tiny.shard_of(checkpoint, f"{DENSE}.scale"), lambda tensors: tensors.pop(f"{DENSE}.scale")
-    )
-    tiny.edit_weight_map(checkpoint, lambda weight_map: weight_map.pop(f"{DENSE}.scale"))
+    checkpoint = without_scales(flash, tmp_path / "checkpoint")
     convert(checkpoint, tmp_path / "bf16", Target.BF16, unit_scales=frozenset({f"{DENSE}.weight"}))
     convert(tmp_path / "bf16", tmp_path / "back", Target.NATIVE)
     assert files_of(tmp_path / "back") == files_of(checkpoint)
@@ -437,11 +442,7 @@ def test_changed_matrix_that_the_release_has_without_scales_is_quantized_without
     """Any other scale would be lost: there is no tensor for it."""
     from test_roundtrip import tune
 
-    checkpoint = tiny.copy_of(flash, tmp_path / "checkpoint")
-    tiny.edit_shard(
-        tiny.shard_of(checkpoint, f"{DENSE}.scale"), lambda tensors: tensors.pop(f"{DENSE}.scale")
-    )
-    tiny.edit_weight_map(checkpoint, lambda weight_map: weight_map.pop(f"{DENSE}.scale"))
+    checkpoint = without_scales(flash, tmp_path / "checkpoint")
     unit = frozenset({f"{DENSE}.weight"})
     convert(checkpoint, tmp_path / "bf16", Target.BF16, unit_scales=unit)
     tune(tmp_path / "bf16", f"{DENSE}.weight", lambda values: values * 1.25)
