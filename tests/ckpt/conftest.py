@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsv4ckpt import plan, run, sample, source, survey
 from dsv4ckpt.plan import ConvertOptions
@@ -24,6 +25,15 @@ def sample_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         return made[release]
 
     return directory
+
+
+@pytest.fixture
+def flushing() -> Iterator[None]:
+    """Subnormal operands and results count as zero while the test runs."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no flush-to-zero mode")
+    yield
+    torch.set_flush_denormal(False)
 
 
 def convert_to(src: Path, dst: Path, *, workers: int = 2, **options: object) -> run.Summary:

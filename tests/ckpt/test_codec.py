@@ -171,15 +171,6 @@ def float32_of_bits(bits: int) -> float:
     return struct.unpack("<f", struct.pack("<I", bits))[0]
 
 
-@pytest.fixture
-def flushing() -> Iterator[None]:
-    """Subnormal operands and results count as zero while the test runs."""
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this processor has no flush-to-zero mode")
-    yield
-    torch.set_flush_denormal(False)
-
-
 # ---- FP4: all 256 packed bytes x 256 scale bytes
 
 

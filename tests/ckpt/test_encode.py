@@ -13,7 +13,6 @@ import functools
 import itertools
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -149,15 +148,6 @@ def every_finite() -> Tensor:
 
 def random_codes(shape: tuple[int, ...], high: int, seed: int) -> Bytes:
     return np.random.default_rng(seed).integers(0, high, shape, dtype=np.uint8)
-
-
-@pytest.fixture
-def flushing() -> Iterator[None]:
-    """Subnormal operands and results count as zero while the test runs."""
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this processor has no flush-to-zero mode")
-    yield
-    torch.set_flush_denormal(False)
 
 
 SOME_BYTES = [0, 1, 2, 8, 11, 64, 105, 118, 127, 140, 200, 246, 252, 254]
