@@ -105,8 +105,8 @@ def shard_of(directory: Path, tensor: str) -> Path:
     return directory / str(name)
 
 
-def make_sample(release: str, path: Path) -> Path:
-    sample.write_sample(sample.plan_sample(sample.SampleOptions(release=release)), str(path))
+def make_sample(release: str, path: Path, **options: Any) -> Path:
+    sample.write_sample(sample.plan_sample(sample.SampleOptions(release=release, **options)), str(path))
     return path
 
 
