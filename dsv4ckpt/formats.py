@@ -27,6 +27,10 @@ E8M0_BIAS = 127  # byte b means 2**(b - 127)
 E8M0_NAN = 255
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors refuses more
+MAX_PLAIN_HEADER_BYTES = (
+    16 * 1024 * 1024
+)  # beyond it, only plain ASCII: other text takes four times its size in memory
+MAX_TENSORS = 160_000  # of one file, __metadata__ counted; all shards of V4-Pro together hold 149,782
 MAX_INDEX_BYTES = 64 * 1024 * 1024
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_SMALL_FILE_BYTES = 64 * 1024 * 1024
@@ -41,6 +45,8 @@ MANIFEST_NAME = "dsv4.manifest.json"
 SIDECAR_NAME = (
     "dsv4.roundtrip"  # a safetensors container; readers in the field glob *.safetensors, so no such ending
 )
+SUMS_NAME = "dsv4.sha256"  # lines as sha256sum writes them, so that anyone can check without us
+OUR_NAMES = (MANIFEST_NAME, SIDECAR_NAME, SUMS_NAME)  # beside what a checkpoint has
 WORK_NAME = ".dsv4"  # unfinished work in an output directory
 
 

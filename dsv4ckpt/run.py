@@ -18,7 +18,7 @@ from typing import Any
 from . import __version__, contained, formats, outdir, prove, sidecar, strictjson
 from .desk import Desk, Rules
 from .errors import ForeignOutput, Interrupted, NoSpace, SourceChanged, VanishingChange
-from .formats import INDEX_NAME, MANIFEST_NAME, SIDECAR_NAME, Kind
+from .formats import INDEX_NAME, MANIFEST_NAME, OUR_NAMES, SIDECAR_NAME, SUMS_NAME, Kind
 from .inputs import Inputs
 from .manifest import read_manifest
 from .outdir import OutDir
@@ -119,7 +119,7 @@ def execute(
         on_event(Started(plan.shard_bytes, plan.shard_bytes, len(plan.files), len(plan.files)))
         return complete
     known = {file.name for file in plan.files} | set(plan.written) | {name for name, _, _ in plan.copied}
-    known |= {SIDECAR_NAME} if plan.remembered or plan.carries_sidecar else set()
+    known |= {SUMS_NAME} | ({SIDECAR_NAME} if plan.remembered or plan.carries_sidecar else set())
     with one_torch_thread():  # parallelism is across shards
         _require_space(path, plan.total_bytes - _finished_bytes(path, plan))
         prove.require_lossless(plan, checkpoint, stop)
@@ -139,6 +139,7 @@ def execute(
             _require_kept(plan, losses)
             _write_sidecar(run)
             _write_small(plan, checkpoint, out)
+            _write_sums(out)
             summary = _summarize(plan, out, done, losses)
             out.finish(strictjson.pretty(_manifest(plan, checkpoint, summary)))
     return summary
@@ -265,7 +266,7 @@ def _already_complete(plan: Plan, checkpoint: Checkpoint, path: str) -> Summary 
     planned = {(file.name, file.size) for file in plan.files}
     planned |= {(name, len(data)) for name, data in plan.written.items()}
     planned |= {(name, size) for name, size, _ in plan.copied}
-    if {(file.name, file.size) for file in found.files if file.name != SIDECAR_NAME} != planned:
+    if {(file.name, file.size) for file in found.files if file.name not in OUR_NAMES} != planned:
         return None
     if any(contained.size_of(path, file.name, follow_links=False) != file.size for file in found.files):
         return None
@@ -360,9 +361,22 @@ def _write_small(plan: Plan, checkpoint: Checkpoint, out: OutDir) -> None:
             out.publish_bytes(name, plan.written[name])
 
 
+def _write_sums(out: OutDir) -> None:
+    """What `sha256sum -c` reads: every file but this one and the manifest."""
+    if SUMS_NAME not in out.finished:
+        lines = (_sum_line(receipt) for _, receipt in sorted(out.finished.items()))
+        out.publish_bytes(SUMS_NAME, "".join(lines).encode())
+
+
+def _sum_line(receipt: Receipt) -> str:
+    """As coreutils writes it: a backslash in a name is doubled, and told by one before the digits."""
+    escaped = receipt.name.replace("\\", "\\\\")
+    return f"{chr(92) if escaped != receipt.name else ''}{receipt.sha256}  {escaped}\n"
+
+
 def _summarize(plan: Plan, out: OutDir, num_resumed: int, losses: tuple[Loss, ...]) -> Summary:
     order = {*(file.name for file in plan.files), *plan.written, *(name for name, _, _ in plan.copied)}
-    receipts = tuple(out.finished[name] for name in sorted(order | (out.finished.keys() & {SIDECAR_NAME})))
+    receipts = tuple(out.finished[name] for name in sorted(order | (out.finished.keys() & {*OUR_NAMES})))
 
     def total(note: str) -> int:
         return sum(receipt.notes.get(note, 0) for receipt in receipts)

@@ -23,6 +23,7 @@ _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _BYTES_PER_BRACKET = (
     12  # the shortest entry has 51 bytes and 3 opening brackets; parsing nests of them takes gigabytes
 )
+_COMMAS_PER_ENTRY = 2 + formats.MAX_RANK + 2  # between fields, dimensions, offsets and entries
 _ALIGNMENT = 8  # bytes; where the reference writer starts the data, so every element is aligned
 
 
@@ -59,24 +60,54 @@ def read_header(fd: int, file: str) -> Header:
     if length > min(formats.MAX_HEADER_BYTES, size - _LENGTH.size):  # H2
         limit = f"at most {min(formats.MAX_HEADER_BYTES, size - _LENGTH.size):,} bytes of header"
         _refuse(file, "header length out of range", expected=limit, found=f"{length:,}")
-    raw = read_exactly(fd, length, _LENGTH.size, file)
-    return parse_header(prefix + raw, size, file)
+    prefixed = bytearray(_LENGTH.size + length)
+    read_into(fd, memoryview(prefixed), 0, file)
+    text, sha256 = _text(prefixed, file), hashlib.sha256(prefixed).hexdigest()
+    data_start = len(prefixed)
+    del prefixed  # a header may be 100 MB: once is enough
+    return _parsed(text, data_start, size, sha256, file)
 
 
 def parse_header(prefixed: bytes, file_size: int | None, file: str) -> Header:
     """Check a header, given with its length field, against the size of its file if that is known. raises BadHeader"""
-    raw = prefixed[_LENGTH.size :]
-    if _LENGTH.pack(len(raw)) != prefixed[: _LENGTH.size]:
-        _refuse(file, "header length out of range", found=f"{len(raw):,} bytes of header")
-    data_start = len(prefixed)
-    if raw[:1] != b"{":  # H3
-        _refuse(file, "the header is no JSON object", expected="'{'", found=repr(raw[:8]))
-    if raw.rstrip(b" ")[-1:] != b"}":  # H4
+    text, sha256 = _text(prefixed, file), hashlib.sha256(prefixed).hexdigest()
+    return _parsed(text, len(prefixed), file_size, sha256, file)
+
+
+def _text(prefixed: bytes | bytearray, file: str) -> str:
+    """The JSON of a header, after all that can be told without parsing it: what parsing would cost is bounded here."""
+    begin, end = _LENGTH.size, len(prefixed)
+    if _LENGTH.pack(end - begin) != prefixed[:begin]:
+        _refuse(file, "header length out of range", found=f"{end - begin:,} bytes of header")
+    if prefixed[begin : begin + 1] != b"{":  # H3
+        _refuse(
+            file,
+            "the header is no JSON object",
+            expected="'{'",
+            found=repr(bytes(prefixed[begin : begin + 8])),
+        )
+    last = prefixed.rfind(b"}")
+    if prefixed.count(b" ", last + 1) != end - last - 1:  # H4
         _refuse(file, "something but blanks follows the header's JSON")
-    if (raw.count(b"[") + raw.count(b"{")) * _BYTES_PER_BRACKET > len(raw) + 1000:
+    objects, lists, commas = (prefixed.count(sign, begin) for sign in (b"{", b"[", b","))
+    if objects - 1 > formats.MAX_TENSORS:
+        _refuse(file, "more tensors than any checkpoint has", expected=f"at most {formats.MAX_TENSORS:,}")
+    if (lists + objects) * _BYTES_PER_BRACKET > end - begin + 1000:
         _refuse(file, "the header is malformed: more brackets than any table of tensors has")
+    if commas > objects * _COMMAS_PER_ENTRY + formats.MAX_METADATA_BYTES:
+        _refuse(file, "the header is malformed: more commas than any table of tensors has")
+    is_long = end - begin > formats.MAX_PLAIN_HEADER_BYTES
     try:
-        document = strictjson.loads(raw, floats=False)  # H4 H5 H6 H14
+        if is_long and b"\\" in prefixed:
+            raise strictjson.Malformed("escapes in a header of this size")
+        return strictjson.decoded(memoryview(prefixed)[begin:], "ascii" if is_long else "utf-8")
+    except strictjson.Malformed as error:
+        _refuse(file, f"the header is malformed: {error}")
+
+
+def _parsed(text: str, data_start: int, file_size: int | None, sha256: str, file: str) -> Header:
+    try:
+        document = strictjson.loads(text, floats=False)  # H4 H5 H6 H14
     except strictjson.Malformed as error:
         _refuse(file, f"the header is malformed: {error}")
     metadata = _metadata(document.pop("__metadata__", {}), file)
@@ -98,7 +129,7 @@ def parse_header(prefixed: bytes, file_size: int | None, file: str) -> Header:
     if file_size is not None and position != file_size:
         problem = "the file is truncated" if file_size < position else "bytes follow the last tensor"
         _refuse(file, problem, expected=f"{position:,} bytes", found=f"{file_size:,} bytes")
-    return Header(dict(found), metadata, data_start, hashlib.sha256(prefixed).hexdigest())
+    return Header(dict(found), metadata, data_start, sha256)
 
 
 def _metadata(value: Any, file: str) -> dict[str, str]:

@@ -22,7 +22,7 @@ from . import config as configs
 from . import formats, shard, strictjson
 from .contained import io_errors, open_regular, opened
 from .errors import BadConfig, BadIndex, MissingFile, SourceChanged, UnsafePath, printable
-from .formats import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, SIDECAR_NAME
+from .formats import CONFIG_NAME, INDEX_NAME, OUR_NAMES, SIDECAR_NAME
 from .release import Seen
 from .shard import Entry, Header
 
@@ -442,7 +442,7 @@ def _list_small(directory: str, below: str, follow_links: bool) -> Iterator[Smal
             yield SmallFile(os.path.join(below, printable(entry)), 0, "an unprintable name")
             continue
         name = os.path.join(below, entry) if below else entry
-        if entry.endswith(".safetensors") or name in (CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, SIDECAR_NAME):
+        if entry.endswith(".safetensors") or name in (CONFIG_NAME, INDEX_NAME, *OUR_NAMES):
             continue
         path = os.path.join(directory, name)
         if os.path.isdir(path) and not os.path.islink(path):

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from typing import Any, NoReturn
 
-_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Malformed(ValueError):
@@ -47,22 +47,27 @@ def _unsigned(text: str) -> int:
     return int(text)
 
 
-def loads(data: bytes, *, floats: bool) -> Any:
-    """Parse one JSON value. floats=False: all numbers are counts, without sign or point. raises Malformed"""
+def decoded(data: bytes | memoryview, encoding: str = "utf-8") -> str:
+    """Bytes as text. raises Malformed"""
     try:
-        text = data.decode("utf-8")
+        return str(data, encoding)
     except UnicodeDecodeError as error:
-        raise Malformed(f"not UTF-8: {error.reason} at byte {error.start}") from None
+        raise Malformed(f"not {encoding.upper()}: {error.reason} at byte {error.start}") from None
+
+
+def loads(data: bytes | str, *, floats: bool) -> Any:
+    """Parse one JSON value. floats=False: all numbers are counts, without sign or point. raises Malformed"""
+    text = data if isinstance(data, str) else decoded(data)
     try:
         value = json.loads(
             text,
             object_pairs_hook=_object,
             parse_constant=_constant,
             # a hook for every number costs a second for a large header: only where a sign may be
-            parse_int=_unsigned if not floats and b"-" in data else None,
+            parse_int=_unsigned if not floats and "-" in text else None,
             parse_float=_float if floats else _no_float,
         )
-        if _ESCAPED_SURROGATE.search(data):
+        if "\\" in text and _ESCAPED_SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
     except json.JSONDecodeError as error:

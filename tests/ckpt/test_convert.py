@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny
+import tools
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -99,6 +102,7 @@ def test_convert_to_transformers_names_and_back_gives_the_same_shards(
     for bookkeeping in (
         "dsv4.manifest.json",
         "dsv4.roundtrip",
+        "dsv4.sha256",
     ):  # its parts follow the first conversion's shards
         del direct[bookkeeping], back[bookkeeping]
     assert direct == back
@@ -421,6 +425,23 @@ def test_convert_layer_subset_conforms(
         if name.startswith(gone) or (name.startswith("mtp.") and not keep_mtp)
     }
     assert dropped == expected
+
+
+def test_convert_leaves_a_list_that_sha256sum_checks(
+    checkpoint: Path, tmp_path: Path, convert: Convert
+) -> None:
+    """A backslash in a name is what coreutils escapes."""
+    tools.require("sha256sum")
+    tiny.replace(checkpoint / "odd \\name.txt", "text")
+    out = tmp_path / "out"
+    convert(checkpoint, out)
+    command = ["sha256sum", "--check", "--strict", "--quiet", "dsv4.sha256"]
+    assert subprocess.run(command, cwd=out, capture_output=True).returncode == 0
+    told = {line.partition("  ")[2] for line in (out / "dsv4.sha256").read_text().splitlines()}
+    there = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
+    assert there - {name.replace("\\\\", "\\") for name in told} == {"dsv4.manifest.json", "dsv4.sha256"}
+    tiny.replace(out / "config.json", (out / "config.json").read_bytes() + b" ")
+    assert subprocess.run(command, cwd=out, capture_output=True).returncode == 1
 
 
 def load_by_transformers(directory: Path, **options: Any) -> tuple[Any, dict[str, Any]]:

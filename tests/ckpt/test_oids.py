@@ -196,7 +196,7 @@ def test_other_listed_files_may_be_absent_and_ours_and_others_unlisted(
     for name in ("assets/figure.png", ".gitattributes"):
         tree.append({"type": "file", "oid": "2" * 40, "size": 5, "path": name})
     (checkpoint / "LICENSE").unlink()
-    for name in (formats.MANIFEST_NAME, formats.SIDECAR_NAME, "notes.txt"):
+    for name in (*formats.OUR_NAMES, "notes.txt"):
         (checkpoint / name).write_text("no manifest is believed")
     report = verify_oids(str(checkpoint), published(tmp_path, tree))
     assert report.ok and report.not_here == ("LICENSE", "assets/figure.png", ".gitattributes")

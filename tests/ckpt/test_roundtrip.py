@@ -16,13 +16,13 @@ import tiny
 import torch
 
 from dsv4ckpt import errors, original, plan, run, sidecar, source, survey
-from dsv4ckpt.formats import SIDECAR_NAME, Storage, Target
+from dsv4ckpt.formats import OUR_NAMES, SIDECAR_NAME, Storage, Target
 from dsv4ckpt.names import Namespace
 from dsv4ckpt.plan import ConvertOptions
 from dsv4ckpt.release import RELEASES
 
 ALL = sorted(RELEASES)
-OURS = {"dsv4.manifest.json", SIDECAR_NAME}
+OURS = {*OUR_NAMES}
 
 
 def convert(

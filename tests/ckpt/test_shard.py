@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 
 from dsv4ckpt import formats, shard
 from dsv4ckpt.errors import BadHeader, SourceChanged
+from dsv4ckpt.formats import MAX_TENSORS
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
@@ -192,3 +195,72 @@ def test_read_header_of_a_file_cut_before_is_a_bad_header(opened: tuple[Path, in
     path.write_bytes((shard.encode_header([("a", "U8", (4,))]) + b"1234")[:-1])
     with pytest.raises(BadHeader, match="truncated"):
         shard.read_header(fd, "file")
+
+
+# ---- what a header may cost
+
+PEAK = """
+import os, resource, sys
+from dsv4ckpt import shard
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+fd = os.open(sys.argv[1], os.O_RDONLY)
+try:
+    print(len(shard.read_header(fd, "file").entries))
+except shard.BadHeader as error:
+    print(error.what)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def cost_of(path: Path, header: bytes) -> tuple[str, int]:
+    """What reading a header ends in, and the kilobytes that it needed at most."""
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    done = subprocess.run([sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True)
+    path.unlink()
+    outcome, peak = done.stdout.splitlines()
+    return outcome, int(peak)
+
+
+def entries_of(count: int, name_chars: int) -> bytes:
+    names = (f"x{number:07d}".ljust(name_chars, "n") for number in range(count))
+    return b",".join(
+        b'"%s":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % name.encode() for name in names
+    )
+
+
+@pytest.mark.slow
+def test_read_header_of_as_many_tensors_as_may_be_needs_300_mb_at_most(tmp_path: Path) -> None:
+    outcome, kilobytes = cost_of(tmp_path / "file", b"{" + entries_of(MAX_TENSORS, 500) + b"}")
+    assert outcome == str(MAX_TENSORS)
+    assert kilobytes < 320_000
+
+
+ABSURD = {
+    "one tensor too many": (lambda: b"{" + entries_of(MAX_TENSORS + 1, 8) + b"}", "more tensors than"),
+    "numbers": (lambda: b'{"a":{"shape":[' + b"1," * 40_000_000 + b"1]}}", "more commas"),
+    "another script": (lambda: b'{"' + b"a" * 90_000_000 + "\U0001f600".encode() + b'":1}', "not ASCII"),
+    "an escape": (
+        lambda: b'{"' + b"a" * 90_000_000 + b'\\ud83d\\ude00":1}',
+        "escapes in a header of this size",
+    ),
+    "a long name": (lambda: b'{"' + b"a" * 99_000_000 + b'":1}', "too long"),
+    "blanks": (lambda: b"{" + b" " * 99_000_000 + b"}", "0"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ABSURD)
+def test_read_header_near_100_mb_needs_300_mb_at_most(case: str, tmp_path: Path) -> None:
+    header, expected = ABSURD[case]
+    outcome, kilobytes = cost_of(tmp_path / "file", header())
+    assert expected in outcome
+    assert kilobytes < 320_000
+
+
+def test_read_header_of_more_tensors_than_any_checkpoint_has_is_refused_unparsed(
+    opened: tuple[Path, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = b"{" + entries_of(MAX_TENSORS + 1, 8) + b"}"
+    monkeypatch.setattr(shard.strictjson, "loads", lambda *rest, **options: pytest.fail("it was parsed"))
+    with pytest.raises(BadHeader, match="more tensors"):
+        shard.parse_header(struct.pack("<Q", len(header)) + header, None, "file")

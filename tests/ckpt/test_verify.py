@@ -32,7 +32,7 @@ from dsv4ckpt.formats import (
     INDEX_NAME,
     MANIFEST_NAME,
     NVFP4_EXPERT,
-    SIDECAR_NAME,
+    OUR_NAMES,
     Block,
     Quant,
 )
@@ -982,7 +982,7 @@ def test_files_of_a_copy_are_identical_and_no_shard_is_read_again(
     assert report.ok and not not_identical(report)
     assert {"config.json", INDEX_NAME, "LICENSE", "inference/config.json"} <= set(read)
     assert not [name for name in read if name.endswith(".safetensors")]
-    assert {pair.name for pair in report.pairs} | {MANIFEST_NAME, SIDECAR_NAME} == {
+    assert {pair.name for pair in report.pairs} | {*OUR_NAMES} == {
         str(file.relative_to(copy)) for file in copy.rglob("*") if file.is_file()
     }
 
