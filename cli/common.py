@@ -9,17 +9,16 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import click
 
+from dsv4ckpt.errors import EXIT_SIGNAL
+from dsv4ckpt.stop import StopFlag
+
 from .words import Console
 
-
-class Stoppable(Protocol):
-    """Something that workers look at between chunks."""
-
-    signal_number: int
+_Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 
 
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,18 +54,49 @@ def without_collecting() -> Iterator[None]:
             gc.enable()
 
 
+def _end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    os._exit(EXIT_SIGNAL + number)
+
+
 @contextmanager
-def stopping_on_signals(stop: Stoppable) -> Iterator[None]:
-    """The first SIGINT or SIGTERM asks the workers to stop, the second one ends the process at once."""
+def ending_on_signals(*, to_the_last: bool) -> Iterator[None]:
+    """SIGINT and SIGTERM end the process at once and without a word: nothing is being written.
 
-    def ask(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        if stop.signal_number:
-            os._exit(128 + number)
-        stop.signal_number = number
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    to_the_last  after the block as well, while the interpreter leaves
+    """
+    before = _handle(_end)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if not to_the_last:
+            _restore(before)
+
+
+@contextmanager
+def stopping_on_signals(stop: StopFlag) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks the workers to stop, the second one ends the process at once.
+
+    raises  Interrupted also if the work was done before anybody looked
+    """
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.signal_number:
+            _end(number, frame)
+        stop.signal_number = number
+
+    before = _handle(ask)
+    try:
+        yield
+        stop.check()
+    finally:
+        _restore(before)
+
+
+def _handle(handler: _Handler) -> dict[int, _Handler]:
+    """Install a handler; those from before."""
+    return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+def _restore(before: dict[int, _Handler]) -> None:
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -15,6 +15,7 @@ from dsv4ckpt.formats import MAX_INDEX_BYTES, SIDECAR_NAME, Target
 from dsv4ckpt.names import Namespace
 from dsv4ckpt.original import Original
 from dsv4ckpt.plan import ConvertOptions, Plan, ScalePolicy
+from dsv4ckpt.stop import StopFlag
 
 from .common import common_options, follow_links_option, stopping_on_signals, without_collecting
 from .progress import Progress
@@ -169,7 +170,9 @@ def _input_scales(path: str) -> dict[str, float]:
     try:
         scales = strictjson.loads(data[:MAX_INDEX_BYTES], floats=True)
     except strictjson.Malformed as error:
-        raise Usage(f"--input-scales is no JSON: {error}", file=os.path.basename(path)) from None
+        raise Usage(
+            f"--input-scales is no JSON: {error}", file=os.path.basename(path), do="write it anew"
+        ) from None
     numbers = isinstance(scales, dict) and all(
         type(value) in (int, float) and value > 0 for value in scales.values()
     )
@@ -210,7 +213,10 @@ def _dry_run(made: Plan, dst: str, console: Console) -> int:
     console.document({**document, "left": left, "space": {"needed": needed, "free": free}})
     if free < needed:
         raise NoSpace(
-            "not enough room for the output", expected=f"{needed:,} bytes", found=f"{free:,} bytes free"
+            "not enough room for the output",
+            expected=f"{needed:,} bytes",
+            found=f"{free:,} bytes free",
+            do="make room or choose another disk; nothing was written",
         )
     console.say("nothing was written: this was a dry run")
     return EXIT_OK
@@ -262,7 +268,7 @@ def _carry_out(
     from dsv4ckpt import run  # brings torch
 
     _say_plan(made, console, files=console.verbose)
-    stop = run.StopFlag()
+    stop = StopFlag()
     with Progress("convert", quiet=console.quiet) as progress, stopping_on_signals(stop):
 
         def on_event(event: run.Event) -> None:

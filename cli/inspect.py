@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-import os
 from typing import Any
 
 import click
 
-from dsv4ckpt import names, source, survey
+from dsv4ckpt import names, probe, source, survey
 from dsv4ckpt.errors import EXIT_BAD_INPUT, EXIT_OK
 from dsv4ckpt.survey import Survey
 
@@ -39,7 +38,7 @@ def command(src: str, pattern: str | None, follow_links: bool, console: Console)
     """
     with without_collecting():
         checkpoint = source.open_checkpoint(src, follow_links=follow_links)
-        if not os.path.isdir(src):
+        if not probe.is_directory(src):
             _single_file(checkpoint, pattern or "*", console)
             return EXIT_OK
         found = survey.survey(checkpoint)

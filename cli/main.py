@@ -6,7 +6,10 @@ Verbs are imported when they are called: --help, inspect and --dry-run must not 
 from __future__ import annotations
 
 import importlib
+import io
 import json
+import os
+import re
 import sys
 import traceback
 import warnings
@@ -17,6 +20,7 @@ import click
 from dsv4ckpt import __version__
 from dsv4ckpt.errors import EXIT_SIGNAL, EXIT_USAGE, Dsv4Error
 
+from .common import ending_on_signals
 from .words import style
 
 _VERBS = {
@@ -26,6 +30,11 @@ _VERBS = {
     "verify": "Prove that a checkpoint is complete and right.",
 }
 _OUR_BUG = 70
+_SECRETS = re.compile(  # a token of the Hub; what a request is signed with
+    r"hf_[A-Za-z0-9]{8,}|(?P<kept>(?:authorization|x-amz-[a-z-]+)[^\w\n]{1,6}(?:(?:bearer|basic)\s+)?|bearer +)"
+    r"[^\s\"'\\,;&]+",
+    re.IGNORECASE,
+)
 
 
 class _Verbs(click.Group):
@@ -65,14 +74,20 @@ def dsv4() -> None:
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Run the command and exit with its code."""
-    arguments = sys.argv[1:] if argv is None else argv
+    """Run the command and exit with its code. Without `argv` the process is ours, to its end."""
+    with ending_on_signals(to_the_last=argv is None):
+        _run(sys.argv[1:] if argv is None else argv)
+
+
+def _run(arguments: list[str]) -> NoReturn:
     # torch says this at import where numpy is not installed; we do without it
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     try:
         sys.exit(dsv4.main(args=arguments, prog_name="dsv4", standalone_mode=False) or 0)
     except click.ClickException as error:
-        error.show()
+        told = io.StringIO()
+        error.show(told)
+        click.echo(_redacted(told.getvalue()), err=True, nl=False)
         sys.exit(EXIT_USAGE)
     except Dsv4Error as error:
         _tell(error, as_json="--json" in arguments)
@@ -84,14 +99,29 @@ def main(argv: list[str] | None = None) -> NoReturn:
         sys.exit(EXIT_SIGNAL + 13)
     except Exception as error:  # noqa: BLE001 - the last line: whatever gets here is our bug
         if "-v" in arguments or "--verbose" in arguments:
-            traceback.print_exc()
-        click.echo(f"dsv4: internal error: {type(error).__name__}: {error}", err=True)
+            click.echo(_placeless(traceback.format_exc()), err=True, nl=False)
+        click.echo(_placeless(f"dsv4: internal error: {type(error).__name__}: {error}"), err=True)
         click.echo("    do        please report this; -v prints where it happened", err=True)
         sys.exit(_OUR_BUG)
 
 
 def _tell(error: Dsv4Error, *, as_json: bool) -> None:
     kind = type(error).__name__
-    click.echo(f"{style(kind, sys.stderr, fg='red', bold=True)}: {error}", err=True)
+    click.echo(f"{style(kind, sys.stderr, fg='red', bold=True)}: {_redacted(str(error))}", err=True)
     if as_json:
-        click.echo(json.dumps({"error": {"class": kind, "what": error.what, **error.facts}}, indent=2))
+        facts = {"what": error.what, **error.facts}
+        told = {"class": kind, **{fact: _redacted(text) for fact, text in facts.items()}}
+        click.echo(json.dumps({"error": told}, indent=2))
+
+
+def _redacted(text: str) -> str:
+    """A message without what looks like a secret: a name or a value from a file may hold one."""
+    return _SECRETS.sub(lambda match: f"{match['kept'] or 'hf_'}[removed]", text)
+
+
+def _placeless(text: str) -> str:
+    """For text that is made to be shown around: no secret, and no directory of this machine."""
+    homes = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), *sys.path]
+    for place in sorted({home for home in homes if len(home) > 1}, key=len, reverse=True):
+        text = text.replace(place + os.sep, "")
+    return _redacted(text.replace(os.path.expanduser("~") + os.sep, "~/"))

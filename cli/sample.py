@@ -5,8 +5,9 @@ from __future__ import annotations
 import click
 
 from dsv4ckpt.release import RELEASES
+from dsv4ckpt.stop import StopFlag
 
-from .common import common_options
+from .common import common_options, stopping_on_signals
 from .progress import Progress
 from .words import Console, Size, human, plural
 
@@ -79,9 +80,10 @@ def command(
             seed=seed,
         )
     )
-    with Progress("sample", quiet=console.quiet) as progress:
+    stop = StopFlag()
+    with Progress("sample", quiet=console.quiet) as progress, stopping_on_signals(stop):
         progress.start(sample.total_bytes)
-        samples.write_sample(sample, dst, progress.advance)
+        samples.write_sample(sample, dst, progress.advance, stop)
     console.document(
         {"directory": dst, "release": release, "bytes": sample.total_bytes, "tensors": sample.num_tensors}
     )

@@ -9,25 +9,16 @@ from typing import Any
 
 import click
 
-from dsv4ckpt import compare, oids, source, survey, verify
-from dsv4ckpt.errors import EXIT_DIFFERENT, EXIT_OK, Interrupted, Usage
+from dsv4ckpt import compare, oids, probe, source, survey, verify
+from dsv4ckpt.errors import EXIT_DIFFERENT, EXIT_OK, Usage
 from dsv4ckpt.formats import MANIFEST_NAME
+from dsv4ckpt.stop import StopFlag
 
 from .common import common_options, follow_links_option, stopping_on_signals
 from .progress import Progress
 from .words import Console, Subset, human, plural, table
 
 _SHOWN = 20  # differences; --json lists all
-
-
-class _StopFlag:
-    """As run.StopFlag, without torch."""
-
-    signal_number = 0
-
-    def check(self) -> None:
-        if self.signal_number:
-            raise Interrupted(self.signal_number)
 
 
 @click.command("verify")
@@ -150,7 +141,7 @@ def _one(
     )
     console.say(f"  structure {complete if structure.ok else 'NOT complete'}")
     document: dict[str, Any] = {"ok": structure.ok, "structure": structure.document()}
-    has_manifest = os.path.lexists(os.path.join(path, MANIFEST_NAME))
+    has_manifest = probe.is_there(os.path.join(path, MANIFEST_NAME))
     if level == "bytes" or (level is None and has_manifest):
         with _watched(console) as (on_event, stop):
             report = verify.verify_bytes(
@@ -292,9 +283,9 @@ def _few(names: Sequence[str]) -> str:
 
 
 @contextmanager
-def _watched(console: Console) -> Iterator[tuple[verify.OnEvent, _StopFlag]]:
+def _watched(console: Console) -> Iterator[tuple[verify.OnEvent, StopFlag]]:
     """A progress bar and a flag that signals raise, for as long as the work takes."""
-    stop = _StopFlag()
+    stop = StopFlag()
     with Progress("verify", quiet=console.quiet) as progress, stopping_on_signals(stop):
         yield _follow(progress), stop
 

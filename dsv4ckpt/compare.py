@@ -20,8 +20,9 @@ from .formats import Quant, Shape, Spelling, ceil_div
 from .inventory import Logical
 from .manifest import Listed, read_manifest
 from .source import Checkpoint, Reader
+from .stop import StopFlag
 from .survey import Survey
-from .verify import OnEvent, Started, Stop, Subset, Watch, ignore, part_of, without_none
+from .verify import OnEvent, Started, Subset, Watch, ignore, part_of, without_none
 
 if TYPE_CHECKING:
     from .decode_plain import Rows
@@ -104,7 +105,7 @@ def verify_values(
     tensors: frozenset[str] = frozenset(),
     num_workers: int = 2,
     on_event: OnEvent = ignore,
-    stop: Stop | None = None,
+    stop: StopFlag | None = None,
 ) -> ValuesReport:
     """Compare two checkpoints tensor by tensor; b may be a conversion or a selection of layers of a.
 

@@ -1,7 +1,8 @@
 """config.json: strict, typed, bounded; and what it becomes when layers, MTP or storage change.  Knows no tensors.
 
-Only the keys that decide which tensors exist are read; every other key is carried as it stands.
-Source: the released configs (V4: flat; V4.1: nested text_config), rules C1-C2.
+Only the keys that decide which tensors exist are read; every other key is carried as it stands, but those that name
+code to run.
+Source: the released configs (V4: flat; V4.1: nested text_config), rules C1-C3.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from .formats import CONFIG_NAME, CT_FP4, QUANTS, Block, Kind, Quant, Spelling, 
 
 V4, V41 = "deepseek_v4", "deepseek_v41"
 _QUANT_KEYS = ("quantization_config", "expert_dtype", "compression_config")
+_CODE_KEYS = ("auto_map",)  # C3: a trusting loader imports what it names, from any repository
+_FETCH = "take the config.json that was published with these shards"
 _MAX_ALL_EXPERTS = 100_000  # Pro has 23,808; an inventory must not explode
 _MAX_LAYERS, _MAX_EXPERTS, _MAX_WIDTH, _MAX_ROWS = 512, 4096, 2**20, 2**34
 
@@ -64,7 +67,9 @@ class _Fields:
 
     def refuse(self, key: str, expected: str) -> NoReturn:
         found = repr(self.fields[key])[:80] if key in self.fields else "nothing"
-        raise BadConfig(f"{self.where}{key} is wrong", file=CONFIG_NAME, expected=expected, found=found)
+        raise BadConfig(
+            f"{self.where}{key} is wrong", file=CONFIG_NAME, expected=expected, found=found, do=_FETCH
+        )
 
     def count(self, key: str, most: int, *, least: int = 1) -> int:
         value = self.fields.get(key)
@@ -92,9 +97,14 @@ def parse(data: bytes) -> dict[str, Any]:
     try:
         document = strictjson.loads(data, floats=True)
     except strictjson.Malformed as error:
-        raise BadConfig(f"config.json is malformed: {error}", file=CONFIG_NAME) from None
+        raise BadConfig(f"config.json is malformed: {error}", file=CONFIG_NAME, do=_FETCH) from None
     if not isinstance(document, dict):
-        raise BadConfig("config.json holds no object", file=CONFIG_NAME, found=type(document).__name__)
+        raise BadConfig(
+            "config.json holds no JSON object",
+            file=CONFIG_NAME,
+            found=f"a {type(document).__name__}",
+            do=_FETCH,
+        )
     return document
 
 
@@ -113,6 +123,7 @@ def read(document: dict[str, Any]) -> ModelConfig:
             file=CONFIG_NAME,
             expected=f"model_type {V4!r} or {V41!r}",
             found=repr(model_type)[:80],
+            do="name the directory of a DeepSeek-V4 or V4.1 checkpoint: dsv4 knows no other model",
         )
     text = _Fields(_text(document), "" if model_type == V4 else "text_config.")
     num_layers = text.count("num_hidden_layers", _MAX_LAYERS)
@@ -187,11 +198,17 @@ def _with_v41(common: ModelConfig, text: _Fields) -> ModelConfig:
 # ---- the config of an output
 
 
+def code_keys(document: dict[str, Any]) -> list[str]:
+    """The keys of a config that name code to run; no output carries them."""
+    return sorted({key for fields in (document, _text(document)) for key in _CODE_KEYS if key in fields})
+
+
 def for_bf16(document: dict[str, Any]) -> dict[str, Any]:
-    """The same model stored as BF16: no key may claim quantized storage, everything else is kept."""
-    kept = {key: value for key, value in document.items() if key not in _QUANT_KEYS}
+    """The same model stored as BF16: no key may claim quantized storage or name code, everything else is kept."""
+    gone = (*_QUANT_KEYS, *_CODE_KEYS)
+    kept = {key: value for key, value in document.items() if key not in gone}
     if isinstance(kept.get("text_config"), dict):
-        kept["text_config"] = {k: v for k, v in kept["text_config"].items() if k not in _QUANT_KEYS}
+        kept["text_config"] = {key: value for key, value in kept["text_config"].items() if key not in gone}
     kept["torch_dtype"] = "bfloat16"
     if "dtype" in kept:  # what transformers 5 writes instead
         kept["dtype"] = "bfloat16"

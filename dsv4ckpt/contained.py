@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import Iterator
 
+from . import probe
 from .errors import Environment, UnsafePath
 
 
@@ -21,7 +22,11 @@ def io_errors(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise Environment(f"cannot read: {os.strerror(error.errno or errno.EIO)}", file=name) from None
+        raise Environment(
+            f"cannot read: {os.strerror(error.errno or errno.EIO)}",
+            file=name,
+            do="check path, disk and permissions, then give the same command again",
+        ) from None
 
 
 @contextlib.contextmanager
@@ -40,7 +45,7 @@ def open_regular(directory: str, name: str, follow_links: bool, extra_flags: int
     path = os.path.join(directory, name)
     _require_plain_parents(directory, name)
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW | extra_flags
-    if os.path.islink(path):  # I3
+    if probe.is_link(path):  # I3
         path = _contained_target(directory, name, follow_links)
     try:
         fd = os.open(path, flags)
@@ -48,9 +53,12 @@ def open_regular(directory: str, name: str, follow_links: bool, extra_flags: int
         if error.errno not in (errno.ENXIO, errno.ELOOP):  # a socket; a link that was put there meanwhile
             raise
         raise _irregular(name) from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise _irregular(name)
+    except BaseException:
         os.close(fd)
-        raise _irregular(name)
+        raise
     return fd
 
 
@@ -74,7 +82,7 @@ def _require_plain_parents(directory: str, name: str) -> None:
 def size_of(directory: str, name: str, follow_links: bool) -> int | None:
     """Size of a file below `directory`; None if it is missing. raises UnsafePath, Environment"""
     _require_plain_parents(directory, name)
-    if not os.path.lexists(os.path.join(directory, name)):
+    if not probe.is_there(os.path.join(directory, name)):
         return None
     with opened(directory, name, follow_links) as fd:
         return os.fstat(fd).st_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from .errors import EditedOutput
 from .inputs import Inputs
@@ -14,13 +14,7 @@ from .sidecar import PartWriter
 from .sink import FileSink
 from .source import Reader
 from .steps import Step
-
-
-class Stop(Protocol):
-    """Looked at once per chunk."""
-
-    def check(self) -> None:
-        """Raise what is to end the work."""
+from .stop import StopFlag
 
 
 @dataclass
@@ -66,7 +60,7 @@ class Desk:
     sink: FileSink
     rules: Rules
     on_bytes: Callable[[int], None]  # told of output bytes as they come
-    stop: Stop
+    stop: StopFlag
     part: PartWriter | None = None  # takes the records for the sidecar
     knowledge: Knowledge | None = None  # of the original
     released: Reader | None = None  # gives what the source lacks

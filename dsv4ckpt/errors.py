@@ -115,7 +115,7 @@ class VanishingChange(Dsv4Error):
 
 
 class BadManifest(Dsv4Error):
-    """dsv4.manifest.json is malformed."""
+    """dsv4.manifest.json, or a list of ids to verify against, is malformed."""
 
 
 # ---- usage: exit 2
@@ -154,5 +154,5 @@ class Interrupted(Dsv4Error):
     """A signal asked us to stop."""
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__("stopped by a signal; finished files stay, the same command continues")
+        super().__init__("stopped by a signal", do="the same command continues: files that are finished stay")
         self.exit_code = EXIT_SIGNAL + signal_number

@@ -62,6 +62,12 @@ def as_rows(data: memoryview, rows: int) -> Tensor:
     return torch.frombuffer(data, dtype=torch.uint8).view(rows, -1)
 
 
+def and_more(bad: Tensor) -> str:
+    """What a message adds to the first of the true ones."""
+    others = int(bad.sum()) - 1
+    return f", and {others:,} more near it" if others else ""
+
+
 def require_finite_scales(
     reader: Reader, step: Step, scales: Tensor, block_row: int, scale_2: float = 1.0
 ) -> None:
@@ -78,7 +84,7 @@ def require_finite_scales(
         raise NotFinite(
             f"a scale of {step.name!r} is NaN or infinite",
             file=reader.shard_of(str(step.scale)),
-            found=f"block ({block_row + at_row}, {at_col}), {int(bad.sum())} in its rows",
+            found=f"block ({block_row + at_row}, {at_col}){and_more(bad)}",
             do=f"download the shard again; to convert it as it is: --allow-nan {step.name}",
         )
 
@@ -139,7 +145,7 @@ def as_stored_scales(step: Step, scales: Tensor) -> Tensor:
         row, col = made.bad.nonzero()[0].tolist()
         raise NotLossless(
             f"a scale of {step.name!r} is no power of two: E8M0 cannot hold it",
-            found=f"{float(scales[row, col])!r} for block ({row}, {col}), and {int(made.bad.sum()) - 1:,} more near it",
+            found=f"{float(scales[row, col])!r} for block ({row}, {col}){and_more(made.bad)}",
             do="keep F32 scales: --to fp8-f32scale; or quantize anew, which rounds values: --allow-lossy",
         )
     return made.scale_rc

@@ -12,12 +12,18 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-from . import contained, formats, shard, strictjson
+from . import contained, formats, probe, shard, strictjson
 from .errors import BadManifest, UnsafePath
 from .formats import MANIFEST_NAME
 
 _SHA256 = re.compile("[0-9a-f]{64}")
+# What parsing may cost is bounded before it: most of a manifest is what was dropped, in objects of three values.
+_MAX_BYTES = 24 * 1024 * 1024
+_MAX_OBJECTS = formats.MAX_TENSORS + 10_000
+_LONG_NUMBER = b"0" * 256  # longer than a file's name
+_ANY_DIGIT = bytes.maketrans(b"123456789", b"000000000")
 _REMAKE = "convert again into a new directory"
+_WORDS = {int: "a whole number", str: "a text", list: "a list", dict: "an object"}
 _Item = TypeVar("_Item")
 
 
@@ -45,15 +51,21 @@ class Manifest:
 
 def read_manifest(directory: str, *, follow_links: bool = False) -> Manifest | None:
     """Read a directory's manifest; None if it has none. raises BadManifest, UnsafePath, Environment"""
-    if not os.path.lexists(os.path.join(directory, MANIFEST_NAME)):
+    if not probe.is_there(os.path.join(directory, MANIFEST_NAME)):
         return None
     with contained.opened(directory, MANIFEST_NAME, follow_links) as fd:
         size = os.fstat(fd).st_size
-        if size > formats.MAX_INDEX_BYTES:
-            raise _bad("too large", f"at most {formats.MAX_INDEX_BYTES:,} bytes", f"{size:,} bytes")
+        if size > _MAX_BYTES:
+            raise _bad("too large", f"at most {_MAX_BYTES:,} bytes", f"{size:,} bytes")
         data = shard.read_exactly(fd, size, 0, MANIFEST_NAME)
+    if (
+        max(data.count(b"{"), data.count(b"[")) > _MAX_OBJECTS
+        or max(data.count(b":"), data.count(b",")) > 3 * _MAX_OBJECTS
+        or _LONG_NUMBER in data.translate(_ANY_DIGIT)
+    ):
+        raise _bad("malformed: no conversion has so much to say")
     try:
-        document = strictjson.loads(data, floats=False)
+        document = strictjson.loads(data, floats=True)  # --input-scales are told
     except strictjson.Malformed as error:
         raise _bad(f"malformed: {error}") from None
     if _field(document, "format", int) != 1:
@@ -91,7 +103,7 @@ def _bad(what: str, expected: object = None, found: object = None) -> BadManifes
 def _field(fields: Any, key: str, kind: type[_Item]) -> _Item:
     value = fields.get(key) if isinstance(fields, dict) else None
     if type(value) is not kind:
-        raise _bad(f"wrong in `{key}`", kind.__name__, repr(value)[:80])
+        raise _bad(f"wrong in `{key}`", _WORDS[kind], repr(value)[:80])
     return value
 
 

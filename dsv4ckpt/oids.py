@@ -17,15 +17,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
-from . import contained, formats, strictjson
+from . import contained, formats, probe, strictjson
 from .errors import BadManifest, MissingFile, UnsafePath, printable
 from .formats import CONFIG_NAME, INDEX_NAME
+from .stop import StopFlag
 from .verify import (
     Digest,
     FileVerdict,
     OnEvent,
     Started,
-    Stop,
     Subset,
     Watch,
     hash_file,
@@ -77,7 +77,7 @@ def verify_oids(
     follow_links: bool = False,
     num_workers: int = 2,
     on_event: OnEvent = ignore,
-    stop: Stop | None = None,
+    stop: StopFlag | None = None,
 ) -> OidsReport:
     """Compare the listed files, or every t-th one, with their ids; sizes first.
 
@@ -86,7 +86,7 @@ def verify_oids(
     on_event  called from worker threads
     raises    MissingFile, UnsafePath, Usage, SourceChanged, Environment, what `stop` raises
     """
-    if not os.path.isdir(directory):
+    if not probe.is_directory(directory):
         raise MissingFile("there is no such directory", found=repr(directory), do="check the spelling of it")
     chosen = part_of(published, subset)
     sizes = {file.name: contained.size_of(directory, file.name, follow_links) for file in chosen}

@@ -19,11 +19,12 @@ import socket
 import zlib
 from collections.abc import Iterator
 
-from .errors import Busy, Dsv4Error, ForeignOutput, printable
+from . import probe
+from .errors import Busy, Dsv4Error, Environment, ForeignOutput, printable
 from .formats import MANIFEST_NAME, WORK_NAME
 from .sink import FileSink, Receipt, io_errors
 
-_OUR_WORK_FILES = ("plan", "journal", "lock")
+_OUR_WORK_FILES = ("journal", "lock", "plan")  # in this order: what still has a plan is taken up again
 PART_PREFIX = "roundtrip."  # of the files that `new_part` makes
 
 
@@ -48,16 +49,18 @@ class OutDir:
         """Take the directory. raises Busy"""
         while True:
             os.makedirs(self._work, exist_ok=True)
-            if os.path.islink(self._work):
+            if probe.is_link(self._work):
                 raise ForeignOutput(
                     "the work directory is a link", file=WORK_NAME, do="choose a new directory"
                 )
-            fd = self._open_work("lock")
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock_fd = self._open_work("lock")
+            except FileNotFoundError:  # a finished run has just removed the directory
+                continue
+            try:
+                fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                holder = printable(os.pread(fd, 200, 0).decode(errors="replace"))
-                os.close(fd)
+                holder = printable(os.pread(self._lock_fd, 200, 0).decode(errors="replace"))
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                     raise
                 raise Busy(
@@ -65,12 +68,11 @@ class OutDir:
                     found=holder or "a process that has not signed yet",
                     do="wait for it, or choose another directory",
                 ) from None
-            if os.fstat(fd).st_nlink:  # a finished run may have removed the file that we locked
+            if os.fstat(self._lock_fd).st_nlink:  # a finished run may have removed the file that we locked
                 break
-            os.close(fd)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        self._lock_fd = fd
+            self.close()
+        os.ftruncate(self._lock_fd, 0)
+        os.pwrite(self._lock_fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
     def _open_work(self, name: str) -> int:
         """Open or create one of our own files in the work directory; a link there is an error."""
@@ -84,6 +86,7 @@ class OutDir:
         raises  ForeignOutput if anything else lies there
         """
         stamp = os.path.join(self._work, "plan")
+        present = set(os.listdir(self.path))  # first: files of another run come after its claim
         claimed = _read_if_there(stamp)
         self._is_new = claimed is None
         claim = f"{self._plan_sha256} {self._source_sha256}".encode()
@@ -101,9 +104,7 @@ class OutDir:
                 do="choose another directory, or remove this one",
             )
         strangers = sorted(
-            set(os.listdir(self.path))
-            - {WORK_NAME}
-            - ({name.partition(os.sep)[0] for name in known} if claimed else set())
+            present - {WORK_NAME} - ({name.partition(os.sep)[0] for name in known} if claimed else set())
         )
         if strangers:
             raise ForeignOutput(
@@ -140,14 +141,17 @@ class OutDir:
                     os.unlink(os.path.join(self.path, name))
             self.finished.clear()
         if (self._is_new or refused) and not self.finished:
-            self.clean()
-            if self.made_directory:
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(Environment, OSError):  # the first error is the one to tell
+                self.clean()
+                if self.made_directory:
                     os.rmdir(self.path)
 
     def clean(self) -> None:
-        """Remove our own files and the work directory; what others left in it stays, and so does it then."""
-        with contextlib.suppress(FileNotFoundError):
+        """Remove our own files and the work directory; what others left in it stays, and so does it then.
+
+        raises  Environment
+        """
+        with io_errors(WORK_NAME), contextlib.suppress(FileNotFoundError):
             parts = [name for name in os.listdir(self._work) if name.startswith(PART_PREFIX)]
             for name in (*parts, *_OUR_WORK_FILES):
                 with contextlib.suppress(FileNotFoundError):
@@ -195,7 +199,7 @@ class OutDir:
 
     def part_sha256(self, name: str) -> str | None:
         """SHA-256 of a finished file of the work directory; None if it is not there."""
-        if not os.path.exists(os.path.join(self._work, name)):
+        if not probe.leads_somewhere(os.path.join(self._work, name)):
             return None
         digest = hashlib.sha256()
         with self.open_part(name) as fd:
@@ -222,9 +226,7 @@ class OutDir:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
                 try:
-                    view = memoryview(data)
-                    while view:
-                        view = view[os.write(fd, view) :]
+                    _write_all(fd, data)
                     os.fsync(fd)
                 finally:
                     os.close(fd)
@@ -237,14 +239,24 @@ class OutDir:
         return receipt
 
     def _publish(self, temporary: str, receipt: Receipt, *, journal: bool) -> None:
-        """rename, fsync the directory, then write down that it is done."""
-        os.rename(temporary, os.path.join(self.path, receipt.name))
-        _sync_directory(os.path.join(self.path, os.path.dirname(receipt.name)))
-        if journal:
-            line = json.dumps(list(receipt))
-            os.write(self._journal_fd, f"{zlib.crc32(line.encode()):08x} {line}\n".encode())
-            os.fsync(self._journal_fd)
-            self.finished[receipt.name] = receipt
+        """rename, fsync the directory, then write down that it is done; what nobody wrote down does not stay."""
+        final = os.path.join(self.path, receipt.name)
+        os.rename(temporary, final)
+        try:
+            _sync_directory(os.path.dirname(final))
+            if journal:
+                self._write_down(receipt)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(final)
+            raise
+
+    def _write_down(self, receipt: Receipt) -> None:
+        """One line of the journal, durable."""
+        line = json.dumps(list(receipt))
+        _write_all(self._journal_fd, f"{zlib.crc32(line.encode()):08x} {line}\n".encode())
+        os.fsync(self._journal_fd)
+        self.finished[receipt.name] = receipt
 
     def _temporary(self, name: str) -> str:
         key = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]  # any name, however long
@@ -271,13 +283,14 @@ class OutDir:
 
     def remove_dead_temporaries(self) -> None:
         """Leftovers of a killed run on this host. Another host's, or a living process's, are left alone."""
-        for name in os.listdir(self._work):
+        for name in _names_in(self._work):
             parts = name.split(".")
             if len(parts) != 5 or parts[-1] != "part" or parts[1] != self._host or not parts[2].isdecimal():
                 continue
             # our own number: an earlier process had it, for this one has written nothing yet
             if int(parts[2]) == os.getpid() or not _is_alive(int(parts[2])):
-                os.unlink(os.path.join(self._work, name))
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(self._work, name))
 
 
 @contextlib.contextmanager
@@ -289,7 +302,7 @@ def open_outdir(path: str, plan_sha256: str, known: set[str], source_sha256: str
     raises         Busy, ForeignOutput, Environment
     """
     with io_errors("."):
-        existed = os.path.isdir(path)
+        existed = probe.is_directory(path)
         _make_directory(path)
         out = OutDir(path, plan_sha256, source_sha256)
         out.made_directory = not existed
@@ -310,7 +323,7 @@ def remove_leftovers(path: str) -> None:
 
     Where another process holds the lock, it is about to do that itself.
     """
-    if not os.path.isdir(os.path.join(path, WORK_NAME)) or os.path.islink(os.path.join(path, WORK_NAME)):
+    if not probe.is_directory(os.path.join(path, WORK_NAME)) or probe.is_link(os.path.join(path, WORK_NAME)):
         return
     with io_errors(WORK_NAME):
         out = OutDir(path, "", "")
@@ -327,7 +340,7 @@ def remove_leftovers(path: str) -> None:
 def free_bytes(path: str) -> int:
     """Free space, for us, of the file system that holds `path` or its nearest existing parent."""
     path = os.path.abspath(path)
-    while not os.path.exists(path):
+    while not probe.leads_somewhere(path):
         path = os.path.dirname(path)
     with io_errors("."):
         status = os.statvfs(path)
@@ -338,7 +351,7 @@ def _make_directory(path: str) -> None:
     """Create a directory and its parents, and make every new name durable."""
     path = os.path.abspath(path)
     missing = []
-    while not os.path.isdir(path):
+    while not probe.is_directory(path):
         missing.append(path)
         path = os.path.dirname(path)
     for new in reversed(missing):
@@ -353,6 +366,20 @@ def _sync_directory(path: str) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _names_in(directory: str) -> list[str]:
+    """What lies there; nothing if a finished run has just removed it."""
+    try:
+        return os.listdir(directory)
+    except FileNotFoundError:
+        return []
 
 
 def _read_if_there(path: str) -> bytes | None:

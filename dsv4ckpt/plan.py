@@ -190,6 +190,10 @@ def make_plan(survey: Survey, options: ConvertOptions, original: Original | None
     document = configs.for_subset(survey.document, layers, keep_mtp=options.keep_mtp)
     released = original is not None and files[0].released_header is not None
     small = [item for item in survey.checkpoint.small_files() if _is_wanted(item)]
+    small += [
+        SmallFile(f"{CONFIG_NAME}: {key}", 0, "names code to run")
+        for key in configs.code_keys(survey.document)
+    ]
     plan = Plan(
         options=options,
         release=identity.release.name,
@@ -260,7 +264,8 @@ def _require_possible(survey: Survey, options: ConvertOptions, storage: Storage)
             and options.input_scales.get(twin) != value
         ):
             raise Usage(
-                f"--input-scales gives {name!r} and {twin!r} different numbers", do="w1 and w3 share theirs"
+                f"--input-scales gives {name!r} and {twin!r} different numbers",
+                do="give both the same: w1 and w3 share one scale",
             )
 
 

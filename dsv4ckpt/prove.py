@@ -8,18 +8,18 @@ Source: quantization facts 5.4 (FP8 tiles hold a gap of 14) and 5.6 (NVFP4 scale
 from __future__ import annotations
 
 from . import formats, recast
-from .desk import Stop
 from .errors import NotLossless
-from .inputs import Inputs, exponent_of, lost_values, require_finite_scales, tile_scales
+from .inputs import Inputs, and_more, exponent_of, lost_values, require_finite_scales, tile_scales
 from .plan import Plan
 from .source import Checkpoint, Reader
 from .steps import Op, Step
+from .stop import StopFlag
 
 _ROWS = 4096
 _OTHER = "--to native or --to mxfp4-ct keep them, --to bf16 as well; or accept the loss with --allow-lossy"
 
 
-def require_lossless(plan: Plan, checkpoint: Checkpoint, stop: Stop) -> None:
+def require_lossless(plan: Plan, checkpoint: Checkpoint, stop: StopFlag) -> None:
     """raises NotLossless naming tensor and tile, NotFinite for a NaN scale"""
     if plan.options.allow_lossy:
         return
@@ -50,7 +50,7 @@ def _require_tiles(inputs: Inputs, step: Step, reader: Reader) -> None:
             f"{step.name!r} does not fit into FP8: values would be rounded",
             file=reader.shard_of(step.source),
             expected=f"block exponents at most {recast.FP8_LOSSLESS_GAP} apart in each {tile} tile",
-            found=f"{gap} apart in tile ({first // tile.rows + row}, {col}), {int(bad.sum())} such tiles near it",
+            found=f"{gap} apart in tile ({first // tile.rows + row}, {col}){and_more(bad)}",
             do=_OTHER,
         )
 

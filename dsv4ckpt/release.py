@@ -106,7 +106,7 @@ def _storage(model: ModelConfig, seen: Mapping[str, Seen], namespace: Namespace)
         "experts and dense matrices are stored in a way that no known release uses",
         expected=" or ".join(sorted(storage.value for storage in QUANTS)),
         found=", ".join(f"{kind.value}: {_words(found[kind])}" for kind in found),
-        do="if tensors are missing here, `dsv4 inspect` on the complete download tells more",
+        do="take a complete download of the release; not every format that other tools make of it is known here",
     )
 
 

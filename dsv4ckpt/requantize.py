@@ -85,9 +85,10 @@ class Encoder:
     def _values(self, step: Step, first: int, rows: int) -> tuple[memoryview, Tensor, int]:
         """The stored bytes of some rows, what they mean as bfloat16 [rows, C], and how many of those are rounded.
 
-        raises NotFinite
+        raises NotFinite, Interrupted
         """
         desk, num_inexact = self._desk, 0
+        desk.stop.check()
         data = desk.inputs.stored(step, first, rows)
         stored = as_rows(data, rows)
         if step.quant is None:
@@ -174,6 +175,7 @@ class Encoder:
         if kept is not None and not are_usable(kept):
             kept = None
         for begin, count in chunks(values.shape[0], values.shape[1], working.block.rows):
+            self._desk.stop.check()
             source = None if kept is None else kept[formats.block_rows_of(begin, count, working.block)]
             made.append(self._scales_of_chunk(values[begin : begin + count], source, working))
         return torch.cat(made)

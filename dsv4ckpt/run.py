@@ -10,14 +10,13 @@ import concurrent.futures
 import contextlib
 import hashlib
 import os
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from . import __version__, contained, formats, outdir, prove, sidecar, strictjson
+from . import __version__, contained, formats, outdir, probe, prove, sidecar, strictjson
 from .desk import Desk, Rules
-from .errors import ForeignOutput, Interrupted, NoSpace, SourceChanged, VanishingChange
+from .errors import Environment, ForeignOutput, NoSpace, SourceChanged, VanishingChange
 from .formats import INDEX_NAME, MANIFEST_NAME, OUR_NAMES, SIDECAR_NAME, SUMS_NAME, Kind
 from .inputs import Inputs
 from .manifest import read_manifest
@@ -29,6 +28,7 @@ from .sidecar import PartWriter
 from .sink import Receipt
 from .source import Checkpoint, Reader
 from .steps import PlannedFile
+from .stop import StopFlag
 from .threads import one_torch_thread
 from .work import Worker
 
@@ -60,23 +60,6 @@ class FileDone:
 
 
 Event = Started | Wrote | FileDone
-
-
-class StopFlag:
-    """Set from a signal handler; workers look at it once per chunk."""
-
-    def __init__(self) -> None:
-        self.signal_number = 0
-        self._failed = threading.Event()
-
-    def fail(self) -> None:
-        """One worker failed: the others stop."""
-        self._failed.set()
-
-    def check(self) -> None:
-        """raises Interrupted"""
-        if self.signal_number or self._failed.is_set():
-            raise Interrupted(self.signal_number)
 
 
 @dataclass(frozen=True)
@@ -120,29 +103,42 @@ def execute(
         return complete
     known = {file.name for file in plan.files} | set(plan.written) | {name for name, _, _ in plan.copied}
     known |= {SUMS_NAME} | ({SIDECAR_NAME} if plan.remembered or plan.carries_sidecar else set())
-    with one_torch_thread():  # parallelism is across shards
-        _require_space(path, plan.total_bytes - _finished_bytes(path, plan))
-        prove.require_lossless(plan, checkpoint, stop)
-        stamps = checkpoint.stamps_sha256()
-        if plan.original and plan.original.survey:  # it decides bytes as much as the source does
-            both = stamps + plan.original.survey.checkpoint.stamps_sha256()
-            stamps = hashlib.sha256(both.encode()).hexdigest()
-        with outdir.open_outdir(path, plan.sha256, known, stamps) as out:
-            run = _Run(plan, checkpoint, out, _rules(plan, checkpoint, accept_changes), on_event, stop)
-            waiting = [item for item in enumerate(plan.files) if not _is_done(item, run)]
-            done = len(plan.files) - len(waiting)
-            done_bytes = plan.shard_bytes - sum(file.size for _, file in waiting)
-            _require_space(path, plan.total_bytes - done_bytes)
-            on_event(Started(plan.shard_bytes, done_bytes, len(plan.files), done))
-            _run_jobs(waiting, run, num_workers)
-            losses = _losses(out)
-            _require_kept(plan, losses)
-            _write_sidecar(run)
-            _write_small(plan, checkpoint, out)
-            _write_sums(out)
-            summary = _summarize(plan, out, done, losses)
-            out.finish(strictjson.pretty(_manifest(plan, checkpoint, summary)))
+    try:
+        with one_torch_thread():  # parallelism is across shards
+            _require_space(path, plan.total_bytes - _finished_bytes(path, plan))
+            prove.require_lossless(plan, checkpoint, stop)
+            with outdir.open_outdir(path, plan.sha256, known, _stamps(plan, checkpoint)) as out:
+                run = _Run(plan, checkpoint, out, _rules(plan, checkpoint, accept_changes), on_event, stop)
+                waiting = [item for item in enumerate(plan.files) if not _is_done(item, run)]
+                done = len(plan.files) - len(waiting)
+                done_bytes = plan.shard_bytes - sum(file.size for _, file in waiting)
+                _require_space(path, plan.total_bytes - done_bytes)
+                on_event(Started(plan.shard_bytes, done_bytes, len(plan.files), done))
+                _run_jobs(waiting, run, num_workers)
+                losses = _losses(out)
+                _require_kept(plan, losses)
+                _write_sidecar(run)
+                _write_small(plan, checkpoint, out)
+                _write_sums(out)
+                summary = _summarize(plan, out, done, losses)
+                out.finish(strictjson.pretty(_manifest(plan, checkpoint, summary)))
+    except (Environment, ForeignOutput):
+        # another run of this plan may have ended just before ours began or, where locks lie, while it worked
+        complete = _already_complete(plan, checkpoint, path)
+        if complete is None:
+            raise
+        outdir.remove_leftovers(path)
+        return complete
     return summary
+
+
+def _stamps(plan: Plan, checkpoint: Checkpoint) -> str:
+    """Which very files are read. The original decides bytes as much as the source does."""
+    stamps = checkpoint.stamps_sha256()
+    if plan.original and plan.original.survey:
+        both = stamps + plan.original.survey.checkpoint.stamps_sha256()
+        stamps = hashlib.sha256(both.encode()).hexdigest()
+    return stamps
 
 
 @dataclass(frozen=True)
@@ -176,7 +172,7 @@ class _Run:
 
 def _rules(plan: Plan, checkpoint: Checkpoint, accept_changes: bool) -> Rules:
     options = plan.options
-    vouched = os.path.lexists(os.path.join(checkpoint.directory, MANIFEST_NAME))
+    vouched = probe.is_there(os.path.join(checkpoint.directory, MANIFEST_NAME))
     return Rules(
         allow_nan=options.allow_nan,
         allow_lossy=options.allow_lossy,
@@ -189,7 +185,7 @@ def _rules(plan: Plan, checkpoint: Checkpoint, accept_changes: bool) -> Rules:
 def _finished_bytes(path: str, plan: Plan) -> int:
     """What an earlier run may have finished: a first, generous look at the space before anything is proven."""
     sizes = (contained.size_of(path, file.name, follow_links=False) for file in plan.files)
-    return sum(size for size in sizes if size) if os.path.isdir(path) else 0
+    return sum(size for size in sizes if size) if probe.is_directory(path) else 0
 
 
 def _is_done(item: tuple[int, PlannedFile], run: _Run) -> bool:
@@ -249,6 +245,7 @@ def _write_sidecar(run: _Run) -> None:
     with out.new_file(SIDECAR_NAME, size) as sink:
         sink.write(header)
         for section in sections:
+            run.stop.check()
             if section.data is not None:
                 sink.write(section.data)
                 continue
@@ -258,7 +255,7 @@ def _write_sidecar(run: _Run) -> None:
 
 def _already_complete(plan: Plan, checkpoint: Checkpoint, path: str) -> Summary | None:
     """The summary of a finished output of the same plan and source; None if there is work to do."""
-    if not os.path.isdir(path):
+    if not probe.is_directory(path):
         return None
     found = read_manifest(path)
     if found is None or found.plan_sha256 != plan.sha256:
@@ -355,7 +352,11 @@ def _write_small(plan: Plan, checkpoint: Checkpoint, out: OutDir) -> None:
             data = checkpoint.read_small(name)
             receipt = out.publish_bytes(name, data)
             if receipt.sha256 != sha256:
-                raise SourceChanged("this file changed while the command ran", file=name)
+                raise SourceChanged(
+                    "this file changed while the command ran",
+                    file=name,
+                    do="leave the source alone while a command reads it, then start again",
+                )
     for name in sorted(plan.written, key=lambda name: name != INDEX_NAME):
         if name not in out.finished:
             out.publish_bytes(name, plan.written[name])

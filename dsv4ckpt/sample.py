@@ -27,6 +27,7 @@ from .inventory import Layout, Stored, lay_out, logical_tensors, shard_groups
 from .names import Namespace
 from .plan import index_bytes, space_needed
 from .release import RELEASES, Release, shipped_config
+from .stop import StopFlag
 from .threads import one_torch_thread
 from .tokenizer import tokenizer_files
 
@@ -176,7 +177,7 @@ def _shrunk(document: dict[str, Any], options: SampleOptions) -> dict[str, Any]:
         # always three taps, as in the releases; with fewer layers the first is tapped more than once
         text["dspark_target_layer_ids"] = [max(0, layer) for layer in range(layers - 3, layers)]
     if text["num_experts_per_tok"] > text["n_routed_experts"]:
-        raise Usage("too few experts", expected=f"at least {text['num_experts_per_tok']}")
+        raise Usage("too few experts", expected=f"--experts {text['num_experts_per_tok']} or more")
     if document["model_type"] == configs.V41:
         _shrink_v41(text, layers, small=bool(small))
     if text is not document and "text_config" in document:
@@ -194,7 +195,11 @@ def _small_sizes(options: SampleOptions) -> dict[str, int]:
     vocab = options.vocab or 512
     for name, value, step in (("--hidden", hidden, 2), ("--heads", heads, 2)):
         if value < step or value % step:
-            raise Usage(f"{name} must be a multiple of {step}", found=str(value))
+            raise Usage(
+                f"{name} must be a multiple of {step}",
+                expected=f"{name} {max(step, value - value % -step)}",
+                found=str(value),
+            )
     if hidden <= 32 and (options.intermediate or 128) <= 32:
         raise Usage(
             "tiles of 32x32 and of 128x128 look alike in so small a model", expected="--hidden 34 or more"
@@ -440,8 +445,14 @@ def _pieces(stored: Stored, config: configs.ModelConfig, seed: int) -> Iterator[
         left -= count
 
 
-def write_sample(sample: Sample, path: str, on_bytes: Callable[[int], None] = lambda count: None) -> None:
-    """Write a sample. raises NoSpace, ForeignOutput, Environment"""
+def write_sample(
+    sample: Sample,
+    path: str,
+    on_bytes: Callable[[int], None] = lambda count: None,
+    stop: StopFlag | None = None,
+) -> None:
+    """Write a sample, or continue one. raises NoSpace, ForeignOutput, Environment, Interrupted"""
+    stop = stop or StopFlag()
     small = {
         CONFIG_NAME: strictjson.pretty(sample.document),
         INDEX_NAME: index_bytes((file.name, file.tensors) for file in sample.files),
@@ -456,7 +467,10 @@ def write_sample(sample: Sample, path: str, on_bytes: Callable[[int], None] = la
     needed, free = space_needed(sample.total_bytes), outdir.free_bytes(path)
     if free < needed:
         raise NoSpace(
-            "not enough room for the sample", expected=f"{needed:,} bytes", found=f"{free:,} bytes free"
+            "not enough room for the sample",
+            expected=f"{needed:,} bytes",
+            found=f"{free:,} bytes free",
+            do="make room, choose another disk or a smaller sample; nothing was written",
         )
     config = configs.read(sample.document)
     names = {file.name for file in sample.files} | set(small)
@@ -469,6 +483,7 @@ def write_sample(sample: Sample, path: str, on_bytes: Callable[[int], None] = la
                 sink.write(file.header)
                 for stored in file.tensors:
                     for piece in _pieces(stored, config, sample.options.seed):
+                        stop.check()
                         data = bytearray(piece.numel() * piece.element_size())
                         torch.frombuffer(data, dtype=piece.dtype).copy_(piece.reshape(-1))
                         sink.write(memoryview(data))

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
-from . import contained, formats, shard, strictjson
-from .errors import BadSidecar
+from . import contained, formats, probe, shard, strictjson
+from .errors import BadHeader, BadSidecar
 from .formats import CONFIG_NAME, INDEX_NAME, SIDECAR_NAME
 
 _FORMAT = "dsv4ckpt roundtrip 1"
@@ -181,7 +181,10 @@ class Sidecar:
     def __init__(self, directory: str, name: str, follow_links: bool) -> None:
         self._directory, self._name, self._follow_links = directory, name, follow_links
         with contained.opened(directory, name, follow_links) as fd:
-            self.header = shard.read_header(fd, name)
+            try:
+                self.header = shard.read_header(fd, name)
+            except BadHeader as error:
+                _refuse(error.what, error.facts.get("expected"), error.facts.get("found"))
             metadata = self.header.metadata
             if metadata.get("format") != _FORMAT:
                 _refuse(
@@ -297,8 +300,8 @@ class Sidecar:
 
 def open_sidecar(path: str, *, follow_links: bool = False) -> Sidecar | None:
     """The sidecar of a directory, or the sidecar file itself; None if the directory has none. raises BadSidecar"""
-    directory, name = (path, SIDECAR_NAME) if os.path.isdir(path) else os.path.split(path)
-    if not os.path.lexists(os.path.join(directory or ".", name)):
+    directory, name = (path, SIDECAR_NAME) if probe.is_directory(path) else os.path.split(path)
+    if not probe.is_there(os.path.join(directory or ".", name)):
         return None
     return Sidecar(directory or ".", name, follow_links)
 

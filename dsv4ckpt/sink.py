@@ -21,6 +21,11 @@ from .errors import Environment, NoSpace
 _SLAB_BYTES = 8 * 1024 * 1024  # a multiple of any block device's alignment
 _NUM_SLABS = 3  # one filled, one hashed and written, one on its way between
 _ALIGNMENT = 4096
+_NO_SPACE = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room, or have your quota raised",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+}
 
 
 class Receipt(NamedTuple):
@@ -39,13 +44,17 @@ def io_errors(name: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = os.strerror(error.errno or errno.EIO)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in _NO_SPACE:
             raise NoSpace(
                 f"the output cannot grow: {reason}",
                 file=name,
-                do="make room, then give the same command again: finished files are kept",
+                do=f"{_NO_SPACE[error.errno]}, then give the same command again: finished files are kept",
             ) from None
-        raise Environment(f"cannot write: {reason}", file=name) from None
+        raise Environment(
+            f"cannot write: {reason}",
+            file=name,
+            do="check path, disk and permissions, then give the same command again: finished files are kept",
+        ) from None
 
 
 class FileSink:

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 from . import config as configs
-from . import formats, shard, strictjson
+from . import formats, probe, shard, strictjson
 from .contained import io_errors, open_regular, opened
-from .errors import BadConfig, BadIndex, MissingFile, SourceChanged, UnsafePath, printable
+from .errors import BadConfig, BadIndex, Environment, MissingFile, SourceChanged, UnsafePath, printable
 from .formats import CONFIG_NAME, INDEX_NAME, OUR_NAMES, SIDECAR_NAME
 from .release import Seen
 from .shard import Entry, Header
@@ -30,6 +30,7 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 _MAX_DEPTH, _MAX_PROBLEMS = 8, 1000
 _PAGE = 4096  # direct reads begin and end at multiples of it, in the file and in memory
 _DIRECT_BYTES = 256 * 1024  # smaller reads gain nothing
+_ONE_REVISION = "download the index and all shards of one revision again"
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 1024  # of a shard, to tell revisions with equal headers apart
 _CODE_DIRECTORIES = ("encoding", "inference")
 _CARRIED_SUFFIXES = (".json", ".txt", ".md", ".jinja", ".model", ".tiktoken", ".pdf", ".yaml", ".yml")
@@ -106,7 +107,7 @@ class Checkpoint:
     @property
     def has_sidecar(self) -> bool:
         """Whether the conversion that made it left a round-trip sidecar in it."""
-        return os.path.lexists(os.path.join(self.directory, SIDECAR_NAME))
+        return probe.is_there(os.path.join(self.directory, SIDECAR_NAME))
 
     def require_sound(self) -> None:
         """raises BadIndex for the first disagreement between index and headers"""
@@ -136,12 +137,13 @@ class Checkpoint:
         """SHA-256 over evenly spread pieces of one shard's data.
 
         Two revisions of a release have equal headers: this tells them apart at the cost of a few reads. Equal samples
-        are evidence, not proof.
+        are evidence, not proof.  raises SourceChanged, UnsafePath, Environment
         """
         item = self.shards[name]
         begin, size = item.header.data_start, item.stamp.size - item.header.data_start
         digest = hashlib.sha256()
         with opened(self.directory, name, self.follow_links) as fd:
+            _require_same(item, os.fstat(fd))
             for number in range(_NUM_SAMPLES):
                 offset = max(0, size - _SAMPLE_BYTES) * number // (_NUM_SAMPLES - 1)
                 piece = min(_SAMPLE_BYTES, size)
@@ -188,7 +190,7 @@ class Reader:
         """`size` bytes of tensor `name` from `offset` within it, in `landing`. raises SourceChanged, Environment"""
         place = self._checkpoint.tensors[name]
         assert offset + size <= place.entry.end - place.entry.begin
-        with io_errors(place.shard):
+        with _errors_of(name, place.shard):
             fd = self._direct_fd(place.shard) if size >= _DIRECT_BYTES else None
             if fd is None:
                 view = landing.take(size)[:size]
@@ -208,7 +210,7 @@ class Reader:
         """Fill `view` with bytes of tensor `name` from `offset` within it. raises SourceChanged, Environment"""
         place = self._checkpoint.tensors[name]
         assert offset + len(view) <= place.entry.end - place.entry.begin
-        with io_errors(place.shard):
+        with _errors_of(name, place.shard):
             shard.read_into(self._fd(place.shard), view, place.entry.begin + offset, place.shard)
 
     def shard_of(self, name: str) -> str:
@@ -218,7 +220,7 @@ class Reader:
     def will_need(self, name: str, offset: int, size: int) -> None:
         """Tell the kernel to start reading a range of tensor `name`, unless `read` goes past its cache."""
         place = self._checkpoint.tensors[name]
-        with io_errors(place.shard):
+        with _errors_of(name, place.shard):
             if size >= _DIRECT_BYTES and self._direct_fd(place.shard) is not None:
                 return
             if hasattr(os, "posix_fadvise"):
@@ -229,7 +231,8 @@ class Reader:
         """raises SourceChanged if a file that was read is no longer the planned one"""
         for name, fd in (*self._fds.items(), *self._direct_fds.items()):
             if fd is not None:
-                _require_same(self._checkpoint.shards[name], os.fstat(fd))
+                with io_errors(name):
+                    _require_same(self._checkpoint.shards[name], os.fstat(fd))
 
     def close(self) -> None:
         for fd in (*self._fds.values(), *self._direct_fds.values()):
@@ -274,9 +277,9 @@ def open_checkpoint(path: str, *, follow_links: bool = False) -> Checkpoint:
             found=path[:200],
             do="download it first: hf download ORG/NAME --local-dir DIR",
         )
-    if os.path.isdir(path):
+    if probe.is_directory(path):
         return _open_directory(path, follow_links)
-    if os.path.exists(path):
+    if probe.leads_somewhere(path):
         if not path.endswith(".safetensors"):
             raise MissingFile(
                 "this file is no safetensors file",
@@ -333,14 +336,18 @@ def _open_directory(path: str, follow_links: bool) -> Checkpoint:
 
 
 def _read_optional(directory: str, name: str, most: int, follow_links: bool) -> bytes | None:
-    if not os.path.lexists(os.path.join(directory, name)):
+    if not probe.is_there(os.path.join(directory, name)):
         return None
     with opened(directory, name, follow_links) as fd:
         size = os.fstat(fd).st_size
         if size > most:
             kind = BadConfig if name == CONFIG_NAME else BadIndex
             raise kind(
-                f"{name} is too large", file=name, expected=f"at most {most:,} bytes", found=f"{size:,}"
+                f"{name} is too large",
+                file=name,
+                expected=f"at most {most:,} bytes",
+                found=f"{size:,} bytes",
+                do="take the one that was published with these shards",
             )
         return shard.read_exactly(fd, size, 0, name)
 
@@ -401,11 +408,14 @@ def _compare_with_index(checkpoint: Checkpoint, weight_map: dict[str, str], stra
                     file=INDEX_NAME,
                     expected=name,
                     found=found,
+                    do=_ONE_REVISION,
                 )
             )
     for tensor, place in checkpoint.tensors.items():
         if tensor not in weight_map:
-            problems.append(BadIndex(f"tensor {tensor!r} is in no line of the index", file=place.shard))
+            problems.append(
+                BadIndex(f"tensor {tensor!r} is in no line of the index", file=place.shard, do=_ONE_REVISION)
+            )
     for name in strays:
         problems.append(
             BadIndex(
@@ -420,13 +430,23 @@ def _stamp(status: os.stat_result) -> Stamp:
     return Stamp(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
+@contextlib.contextmanager
+def _errors_of(tensor: str, file: str) -> Iterator[None]:
+    """Whatever goes wrong while a tensor is read names it, and its file."""
+    try:
+        with io_errors(file):
+            yield
+    except (SourceChanged, UnsafePath, Environment) as error:
+        raise type(error)(f"tensor {tensor!r}: {error.what}", **error.facts) from None
+
+
 def _require_same(planned: Shard, status: os.stat_result) -> None:
     if _stamp(status) != planned.stamp:
         raise SourceChanged(
             "this file changed while the command ran",
             file=planned.name,
             expected=f"{planned.stamp.size:,} bytes, unmodified",
-            found=f"{status.st_size:,} bytes",
+            found=f"{status.st_size:,} bytes, modified",
             do="leave the source alone while a command reads it, then start again",
         )
 
@@ -445,7 +465,7 @@ def _list_small(directory: str, below: str, follow_links: bool) -> Iterator[Smal
         if entry.endswith(".safetensors") or name in (CONFIG_NAME, INDEX_NAME, *OUR_NAMES):
             continue
         path = os.path.join(directory, name)
-        if os.path.isdir(path) and not os.path.islink(path):
+        if probe.is_directory(path) and not probe.is_link(path):
             if name.count(os.sep) >= _MAX_DEPTH:
                 yield SmallFile(name + os.sep, 0, "too deep")
             elif (name if not below else below.partition(os.sep)[0]) in _CODE_DIRECTORIES:

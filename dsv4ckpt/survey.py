@@ -12,12 +12,15 @@ from typing import Any
 from . import config as configs
 from . import release
 from .config import ModelConfig
-from .errors import MissingScale, NotConform, OrphanScale
-from .formats import Kind, num_elements
+from .errors import MissingScale, NotConform, OrphanScale, UnknownRelease
+from .formats import CONFIG_NAME, Kind, num_elements
 from .inventory import Layout, Logical, Stored, lay_out, logical_tensors
 from .names import Experts, Namespace, is_opaque, looks_like_transformers
 from .release import Identity, Seen
 from .source import Checkpoint
+
+_LEAST_PER_LAYER = 15  # tensors beside the experts; every release has more
+_MOST_UNSEEN = 10_000  # tensors that may be missing before we look whether it is most of them
 
 
 @dataclass(frozen=True)
@@ -87,16 +90,24 @@ def _advice(deviation: Deviation) -> str:
             "if it was saved without its draft stages: --to native --source DIR takes them from the release; "
             "or set num_nextn_predict_layers to 0 in its config.json"
         )
-    return "dsv4 inspect lists all of them; a complete download of one release has none"
+    return "take a complete download of one release; dsv4 inspect lists every deviation"
 
 
 def survey(checkpoint: Checkpoint, *, unit_scales: frozenset[str] = frozenset()) -> Survey:
-    """Identify a checkpoint and compare it with its inventory. raises BadConfig, UnknownRelease, MissingFile"""
+    """Identify a checkpoint and compare it with its inventory.
+
+    raises  BadConfig, UnknownRelease, BadIndex, MissingFile; NotConform if most of what the config asks for is missing
+    """
     document = checkpoint.config()
     model = configs.read(document)
     seen = checkpoint.seen
     namespace = Namespace.TRANSFORMERS if looks_like_transformers(seen) else Namespace.DEEPSEEK
-    identity = release.identify(document, model, seen, namespace)
+    try:
+        identity = release.identify(document, model, seen, namespace)
+    except UnknownRelease:
+        checkpoint.require_sound()  # an index that misses shards is the likelier cause
+        raise
+    _require_most(model, len(seen), namespace)
     family = identity.release.family
     logicals = list(logical_tensors(model, family))
     layout = lay_out(logicals, family.table, identity.storage, namespace, Experts.FUSED)
@@ -109,6 +120,20 @@ def survey(checkpoint: Checkpoint, *, unit_scales: frozenset[str] = frozenset())
     return Survey(
         checkpoint, document, model, identity, logicals, layout, opaque, unit_scales, _sorted(deviations)
     )
+
+
+def _require_most(model: ModelConfig, num_seen: int, namespace: Namespace) -> None:
+    """A config of a few bytes must not make us list a hundred thousand tensors that are not there. raises NotConform"""
+    num_blocks = model.num_layers + model.num_stages
+    per_block = _LEAST_PER_LAYER + (3 * model.num_experts if namespace is Namespace.DEEPSEEK else 0)
+    if num_blocks * per_block > 2 * num_seen + _MOST_UNSEEN:
+        raise NotConform(
+            "most of the tensors that config.json asks for are not here",
+            file=CONFIG_NAME,
+            expected=f"more than {num_blocks * per_block:,} tensors",
+            found=f"{num_seen:,} tensors",
+            do="finish the download, or take the config.json that belongs to these shards",
+        )
 
 
 def _sorted(deviations: list[Deviation]) -> list[Deviation]:

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from . import contained, shard
+from . import contained, probe, shard
 from .errors import MissingFile, Usage
 from .formats import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, WORK_NAME
 from .manifest import Listed, Manifest, read_manifest
 from .source import Checkpoint
+from .stop import StopFlag
 from .survey import survey
 
 _HASH_BYTES = 4 * 1024 * 1024
@@ -45,13 +46,6 @@ OnEvent = Callable[[Event], None]
 Subset = tuple[int, int]  # (n, t): the n-th of t parts, n from 1 on
 
 
-class Stop(Protocol):
-    """Looked at once per chunk, from worker threads."""
-
-    def check(self) -> None:
-        """Raise what is to end the work."""
-
-
 def ignore(_: Event) -> None:
     pass
 
@@ -61,7 +55,7 @@ class Watch:
     """Told of every chunk that was read."""
 
     on_event: OnEvent
-    stop: Stop | None
+    stop: StopFlag | None
 
     def read(self, num_bytes: int) -> None:
         if self.stop:
@@ -131,7 +125,7 @@ def verify_structure(checkpoint: Checkpoint, *, unit_scales: frozenset[str] = fr
         listed = {file.name for file in manifest.files}
         others = [item.name for item in checkpoint.small_files() if not item.left and item.name not in listed]
         notes += [f"the manifest does not list {name!r}" for name in others]
-    elif os.path.lexists(os.path.join(checkpoint.directory, WORK_NAME)):
+    elif probe.is_there(os.path.join(checkpoint.directory, WORK_NAME)):
         problems.append(Problem("a conversion into this directory did not finish", file=WORK_NAME))
     identity = found.identity
     return StructureReport(
@@ -198,7 +192,7 @@ def verify_bytes(
     follow_links: bool = False,
     num_workers: int = 2,
     on_event: OnEvent = ignore,
-    stop: Stop | None = None,
+    stop: StopFlag | None = None,
 ) -> BytesReport:
     """Compare the SHA-256 of every listed file, or of every t-th one, with the manifest.
 
@@ -218,7 +212,7 @@ def verify_bytes(
 
 
 def _unverifiable(directory: str) -> MissingFile:
-    if os.path.lexists(os.path.join(directory, WORK_NAME)):
+    if probe.is_there(os.path.join(directory, WORK_NAME)):
         what, do = (
             "a conversion into this directory did not finish",
             "give the same command again: it continues",
@@ -279,7 +273,7 @@ class FilesReport:
 
 
 def compare_files(
-    a: Checkpoint, b: Checkpoint, proven: Mapping[str, int], *, stop: Stop | None = None
+    a: Checkpoint, b: Checkpoint, proven: Mapping[str, int], *, stop: StopFlag | None = None
 ) -> FilesReport:
     """Tell which files of two checkpoints hold the same bytes.
 
