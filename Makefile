@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := demo
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint types tests bench clean
+.PHONY: demo test test-fast test-nightly lint types tests bench clean
 
 demo: .venv/run.stamp
 	rm -rf $(DEMO)
@@ -23,6 +23,14 @@ demo: .venv/run.stamp
 	@echo "  dsv4 convert DeepSeek-V4-Flash out --to bf16 --dry-run       the real files, once you have them"
 
 test: lint types tests
+
+# while one edits: lint and what takes no processes killed, no disks filled, no million of mutations
+test-fast: lint .venv/dev.stamp
+	$(BIN)/python -m pytest -m "not slow"
+
+# the long versions: 5,000 kills, every error at every system call, an hour of fuzzing
+test-nightly: lint types .venv/dev.stamp
+	$(BIN)/python -m pytest --nightly
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -384,10 +384,13 @@ def _names_in(directory: str) -> list[str]:
 
 def _read_if_there(path: str) -> bytes | None:
     try:
-        with open(path, "rb") as file:
-            return file.read(4096)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
+    try:
+        return os.read(fd, 4096)
+    finally:
+        os.close(fd)
 
 
 def _read_fd(fd: int) -> bytes:

@@ -236,6 +236,45 @@ def test_temporary_names_differ_for_the_same_file(tmp_path: Path) -> None:
         assert len(parts(tmp_path)) == 2
 
 
+@pytest.mark.parametrize("kind", ["shard", "small", "part"])
+def test_temporary_that_is_there_already_is_not_written_into(
+    kind: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outdir.secrets, "token_hex", lambda count: "00" * count)
+    with opened(tmp_path) as out:
+        theirs = Path(out._temporary("a.safetensors"))
+        theirs.write_text("somebody else's")
+        with pytest.raises(Environment, match="File exists"):
+            if kind == "shard":
+                write(out, "a.safetensors", b"ours")
+            elif kind == "small":
+                out.publish_bytes("a.safetensors", b"ours")
+            else:
+                with out.new_part("a.safetensors"):
+                    pass
+        assert theirs.read_text() == "somebody else's"
+
+
+@pytest.mark.parametrize("nth", [2, 3])
+def test_file_whose_name_or_journal_line_is_not_durable_does_not_stay(
+    nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the next run would find a stranger in a directory that holds nothing of ours."""
+    whole, calls = os.fsync, []
+
+    def failing(fd: int) -> None:
+        calls.append(fd)
+        if len(calls) == nth:
+            raise OSError(errno.EIO, "lost")
+        whole(fd)
+
+    with pytest.raises(Environment), opened(tmp_path / "out") as out:
+        monkeypatch.setattr(os, "fsync", failing)
+        write(out, "a.safetensors", b"aaaa")
+    assert len(calls) == nth
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "name", ["a" * 250 + ".json", "inference/" + "a" * 245 + ".json", "inference/" * 20 + "a.json"]
 )
