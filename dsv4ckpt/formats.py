@@ -31,7 +31,7 @@ MAX_PLAIN_HEADER_BYTES = (
     16 * 1024 * 1024
 )  # beyond it, only plain ASCII: other text takes four times its size in memory
 MAX_TENSORS = 160_000  # of one file, __metadata__ counted; all shards of V4-Pro together hold 149,782
-MAX_INDEX_BYTES = 64 * 1024 * 1024
+MAX_INDEX_BYTES = 30 * 1024 * 1024  # that of V4-Pro has 14 MB
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_SMALL_FILE_BYTES = 64 * 1024 * 1024
 MAX_METADATA_BYTES = 1024 * 1024

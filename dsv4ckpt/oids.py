@@ -38,6 +38,7 @@ from .verify import (
 _LINE = re.compile(r"([0-9a-f]{64}) (?:[ *]|[*-] )(\S.*)")
 _SHA256, _SHA1 = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{40}")
 _MAX_SHOWN = 200  # characters of what a list says
+_LIMITS = strictjson.Limits(objects=50_000, lists=50_000, commas=500_000)
 
 
 class Published(NamedTuple):
@@ -185,6 +186,7 @@ class _Source(NamedTuple):
 
     def from_json(self, data: bytes) -> Iterator[Published]:
         try:
+            strictjson.require_modest(data, _LIMITS)
             document = strictjson.loads(data, floats=True)
         except strictjson.Malformed as error:
             self.refuse(f"is malformed: {error}")

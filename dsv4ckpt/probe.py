@@ -26,7 +26,9 @@ def _mode(path: str, *, follow_links: bool) -> int:
             return 0
         reason = os.strerror(error.errno or errno.EIO)
         name = os.path.basename(path.rstrip(os.sep)) or os.sep
-        raise Environment(f"cannot look at it: {reason}", file=name, do="make it readable, then try again") from None
+        raise Environment(
+            f"cannot look at it: {reason}", file=name, do="make it readable, then try again"
+        ) from None
 
 
 def is_there(path: str) -> bool:

@@ -20,10 +20,12 @@ from .formats import Shape
 
 _LENGTH = struct.Struct("<Q")
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
-_BYTES_PER_BRACKET = (
-    12  # the shortest entry has 51 bytes and 3 opening brackets; parsing nests of them takes gigabytes
+_ENTRY_COMMAS = 2 + formats.MAX_RANK + 2  # between fields, dimensions, offsets and entries
+_LIMITS = strictjson.Limits(  # itself and its entries; some more commas in names and __metadata__
+    objects=formats.MAX_TENSORS + 1,
+    lists=2 * formats.MAX_TENSORS + 1000,
+    commas=_ENTRY_COMMAS * formats.MAX_TENSORS + 100_000,
 )
-_COMMAS_PER_ENTRY = 2 + formats.MAX_RANK + 2  # between fields, dimensions, offsets and entries
 _ALIGNMENT = 8  # bytes; where the reference writer starts the data, so every element is aligned
 
 
@@ -89,18 +91,15 @@ def _text(prefixed: bytes | bytearray, file: str) -> str:
     last = prefixed.rfind(b"}")
     if prefixed.count(b" ", last + 1) != end - last - 1:  # H4
         _refuse(file, "something but blanks follows the header's JSON")
-    objects, lists, commas = (prefixed.count(sign, begin) for sign in (b"{", b"[", b","))
-    if objects - 1 > formats.MAX_TENSORS:
-        _refuse(file, "more tensors than any checkpoint has", expected=f"at most {formats.MAX_TENSORS:,}")
-    if (lists + objects) * _BYTES_PER_BRACKET > end - begin + 1000:
-        _refuse(file, "the header is malformed: more brackets than any table of tensors has")
-    if commas > objects * _COMMAS_PER_ENTRY + formats.MAX_METADATA_BYTES:
-        _refuse(file, "the header is malformed: more commas than any table of tensors has")
-    is_long = end - begin > formats.MAX_PLAIN_HEADER_BYTES
     try:
-        if is_long and b"\\" in prefixed:
+        strictjson.require_modest(prefixed, _LIMITS)
+        if end - begin <= formats.MAX_PLAIN_HEADER_BYTES:
+            return strictjson.decoded(memoryview(prefixed)[begin:])
+        if b"\\" in prefixed:
             raise strictjson.Malformed("escapes in a header of this size")
-        return strictjson.decoded(memoryview(prefixed)[begin:], "ascii" if is_long else "utf-8")
+        if last - begin > (prefixed.count(b'"') + 1) * formats.MAX_NAME_CHARS + formats.MAX_METADATA_BYTES:
+            raise strictjson.Malformed("texts or blanks longer than any header has")
+        return strictjson.decoded(memoryview(prefixed)[begin:], "ascii")
     except strictjson.Malformed as error:
         _refuse(file, f"the header is malformed: {error}")
 
@@ -149,7 +148,11 @@ def _entry(name: str, fields: Any, data_start: int, file: str) -> Entry:
         _refuse(file, f"tensor {name!r} is described by the wrong fields", expected=sorted(_ENTRY_KEYS))
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in formats.DTYPE_BITS:  # H8
-        _refuse(file, f"tensor {name!r} has an unknown dtype", found=repr(dtype)[:60])
+        _refuse(
+            file,
+            f"tensor {name!r} has an unknown dtype",
+            found=repr(dtype[:60] if isinstance(dtype, str) else dtype)[:60],
+        )
     if not isinstance(shape, list) or len(shape) > formats.MAX_RANK or not _are_counts(shape):  # H9
         _refuse(file, f"tensor {name!r} has no valid shape", found=repr(shape)[:60])
     bits = formats.DTYPE_BITS[dtype] * math.prod(shape)

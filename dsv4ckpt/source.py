@@ -28,6 +28,7 @@ from .shard import Entry, Header
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 _MAX_DEPTH, _MAX_PROBLEMS = 8, 1000
+_INDEX_LIMITS = strictjson.Limits(objects=1000, lists=1000, commas=formats.MAX_TENSORS + 1000)
 _PAGE = 4096  # direct reads begin and end at multiples of it, in the file and in memory
 _DIRECT_BYTES = 256 * 1024  # smaller reads gain nothing
 _ONE_REVISION = "download the index and all shards of one revision again"
@@ -357,6 +358,7 @@ def _parse_index(data: bytes) -> tuple[dict[str, str], int | None]:
         raise BadIndex(what, file=INDEX_NAME, do="download the index again", **facts)
 
     try:
+        strictjson.require_modest(data, _INDEX_LIMITS)
         document = strictjson.loads(data, floats=True)  # I1
     except strictjson.Malformed as error:
         refuse(f"the index is malformed: {error}")

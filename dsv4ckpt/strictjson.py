@@ -9,13 +9,37 @@ import json
 import math
 import re
 from collections import Counter
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
+_ANY_DIGIT = bytes.maketrans(b"123456789", b"000000000")
+_LONG_NUMBER = b"0" * 600  # no name is as long
+_WINDOW = 1 << 20
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Malformed(ValueError):
     """Not strict JSON; the message says why. Callers turn it into an error of their own that names the file."""
+
+
+class Limits(NamedTuple):
+    """The most of each sign that a document of some kind holds: what parsing it costs grows with them."""
+
+    objects: int
+    lists: int
+    commas: int
+
+
+def require_modest(data: bytes | bytearray, most: Limits) -> None:
+    """Refuse unparsed what would take seconds and gigabytes to parse. raises Malformed"""
+    for sign, name, limit in zip((b"{", b"[", b","), Limits._fields, most, strict=True):
+        if data.count(sign) > limit:
+            raise Malformed(f"more than {limit:,} {name}")
+    # turning digits into a number takes the square of their count; a run of 600 holds two of every 300th bytes
+    if b"00" not in data[:: len(_LONG_NUMBER) // 2].translate(_ANY_DIGIT):
+        return
+    for begin in range(0, len(data), _WINDOW):
+        if _LONG_NUMBER in data[begin : begin + _WINDOW + len(_LONG_NUMBER)].translate(_ANY_DIGIT):
+            raise Malformed("a number of hundreds of digits")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

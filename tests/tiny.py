@@ -134,28 +134,84 @@ def is_plain(text: str) -> bool:
     return all(line.isprintable() for line in text.split("\n"))
 
 
-# ---- what the process opens, and hangs
+# ---- what the process does, and hangs
 
-_opened: list[tuple[str, int]] | None = None
+READING = {"open", "os.listdir", "os.scandir"}
+CHANGING = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
+            "os.chown", "os.utime", "os.setxattr", "shutil.rmtree", "shutil.copyfile", "shutil.move",
+            "tempfile.mkstemp", "tempfile.mkdtemp"}  # fmt: skip
+STARTING = {"exec", "compile", "import", "pickle.find_class", "marshal.loads", "ctypes.dlopen", "os.system",
+            "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "pty.spawn", "subprocess.Popen",
+            "socket.__new__", "socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo",
+            "socket.gethostbyname", "urllib.Request", "sqlite3.connect", "webbrowser.open"}  # fmt: skip
+HEARD = READING | CHANGING | STARTING
+WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
-def _listen(event: str, arguments: tuple[Any, ...]) -> None:
-    if event == "open" and _opened is not None and isinstance(arguments[0], str | bytes):
-        _opened.append((os.fsdecode(arguments[0]), arguments[2]))
+class Event(NamedTuple):
+    """Something that Python did: an event of its audit hooks."""
+
+    kind: str
+    what: str | None  # the path as it was given, or the first argument; None: an open file
+    flags: int  # of an open
+
+
+_events: list[Event] | None = None
+
+
+def _listen(kind: str, arguments: tuple[Any, ...]) -> None:
+    if _events is None or kind not in HEARD:
+        return
+    what = arguments[0] if arguments else None
+    if kind in STARTING:
+        _events.append(Event(kind, repr(what)[:200], 0))
+    elif isinstance(what, str | bytes):
+        _events.append(Event(kind, os.fsdecode(what), arguments[2] if kind == "open" else 0))
+    elif kind != "open":  # os.listdir() is told without an argument; an open file was told when it was opened
+        _events.append(Event(kind, "." if what is None else None, 0))
+
+
+@contextlib.contextmanager
+def recorded_events() -> Iterator[list[Event]]:
+    """What Python reads, changes and starts in the block. An audit hook cannot be taken off: it is muted."""
+    global _events
+    if not getattr(sys, "_dsv4_tests_listen", False):
+        sys.addaudithook(_listen)
+        sys._dsv4_tests_listen = True  # type: ignore[attr-defined]
+    _events = []
+    try:
+        yield _events
+    finally:
+        _events = None
+
+
+def opened_files(events: list[Event]) -> list[tuple[str, int]]:
+    """(path, flags) of every file that was opened by its path."""
+    return [(path, flags) for kind, path, flags in events if kind == "open" and path is not None]
+
+
+def changed(events: list[Event]) -> list[tuple[str, int]]:
+    """The same for what was renamed, made or removed by its path: the first path of each."""
+    return [(path, os.O_NOFOLLOW) for kind, path, _ in events if kind in CHANGING and path is not None]
 
 
 @contextlib.contextmanager
 def recorded_opens() -> Iterator[list[tuple[str, int]]]:
-    """(path, flags) of every file that Python opens in the block. An audit hook cannot be taken off: it is muted."""
-    global _opened
-    if not getattr(sys, "_dsv4_tests_listen", False):
-        sys.addaudithook(_listen)
-        sys._dsv4_tests_listen = True  # type: ignore[attr-defined]
-    _opened = []
-    try:
-        yield _opened
-    finally:
-        _opened = None
+    """(path, flags) of every file that Python opens in the block; there once it has ended."""
+    opened: list[tuple[str, int]] = []
+    with recorded_events() as events:
+        try:
+            yield opened
+        finally:
+            opened += opened_files(events)
+
+
+def not_only_reading(events: list[Event], *allowed: Path) -> list[str]:
+    """What a reader of these directories must not do: open or list anything outside, change or start anything."""
+    reads = [(path, flags) for kind, path, flags in events if kind in READING and path is not None]
+    found = [f"reads {path}" for path in outside(reads, *allowed)]
+    found += [f"open to write {path}" for path, flags in opened_files(events) if flags & WRITE_FLAGS]
+    return found + [f"{kind} {path}" for kind, path, _ in events if kind not in READING]
 
 
 def outside(opened: list[tuple[str, int]], *allowed: Path) -> list[str]:

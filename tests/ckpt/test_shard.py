@@ -235,32 +235,10 @@ def test_read_header_of_as_many_tensors_as_may_be_needs_300_mb_at_most(tmp_path:
     assert kilobytes < 320_000
 
 
-ABSURD = {
-    "one tensor too many": (lambda: b"{" + entries_of(MAX_TENSORS + 1, 8) + b"}", "more tensors than"),
-    "numbers": (lambda: b'{"a":{"shape":[' + b"1," * 40_000_000 + b"1]}}", "more commas"),
-    "another script": (lambda: b'{"' + b"a" * 90_000_000 + "\U0001f600".encode() + b'":1}', "not ASCII"),
-    "an escape": (
-        lambda: b'{"' + b"a" * 90_000_000 + b'\\ud83d\\ude00":1}',
-        "escapes in a header of this size",
-    ),
-    "a long name": (lambda: b'{"' + b"a" * 99_000_000 + b'":1}', "too long"),
-    "blanks": (lambda: b"{" + b" " * 99_000_000 + b"}", "0"),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ABSURD)
-def test_read_header_near_100_mb_needs_300_mb_at_most(case: str, tmp_path: Path) -> None:
-    header, expected = ABSURD[case]
-    outcome, kilobytes = cost_of(tmp_path / "file", header())
-    assert expected in outcome
-    assert kilobytes < 320_000
-
-
 def test_read_header_of_more_tensors_than_any_checkpoint_has_is_refused_unparsed(
     opened: tuple[Path, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     header = b"{" + entries_of(MAX_TENSORS + 1, 8) + b"}"
     monkeypatch.setattr(shard.strictjson, "loads", lambda *rest, **options: pytest.fail("it was parsed"))
-    with pytest.raises(BadHeader, match="more tensors"):
+    with pytest.raises(BadHeader, match="more than 160,001 objects"):
         shard.parse_header(struct.pack("<Q", len(header)) + header, None, "file")

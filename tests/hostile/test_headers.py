@@ -1,33 +1,33 @@
 """Hostile safetensors headers: a table of rule breakers, their valid twins, and fuzz against the reference parser.
 
-Rules H1-H14 (file name limits, strict JSON, checked sizes, no holes). A case is refused with BadHeader, in no time,
-by a message that a terminal can show.
+Rules H1-H14 (file name limits, strict JSON, checked sizes, no holes). A case is refused with BadHeader as `refusals`
+asks for it: in no time, in little memory, by a message that a terminal can show. The fuzzing itself is fuzz_driver.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import struct
-import time
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fuzz_driver
 import pytest
 import tiny
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import SafetensorError, deserialize
+from refusals import refusal
 from tiny import packed
 
 from dsv4ckpt import shard, source, strictjson
-from dsv4ckpt.errors import EXIT_BAD_INPUT, BadHeader
-from dsv4ckpt.formats import MAX_HEADER_BYTES
-
-MOST_SECONDS = 0.5  # of processor time, for one case
-NUM_MUTATIONS = 100_000
+from dsv4ckpt.errors import BadHeader
+from dsv4ckpt.formats import MAX_HEADER_BYTES, MAX_PLAIN_HEADER_BYTES, MAX_TENSORS
 
 
 def fields(dtype: str = '"U8"', shape: str = "[4]", offsets: str = "[0,4]") -> str:
@@ -288,37 +288,33 @@ def memory() -> Iterator[int]:
     os.close(fd)
 
 
-def read(fd: int, data: bytes) -> shard.Header:
+@pytest.fixture
+def nightly(often: Callable[[int, int], int]) -> bool:
+    return bool(often(0, 1))
+
+
+def put(fd: int, data: bytes) -> None:
     os.ftruncate(fd, 0)
     os.pwrite(fd, data, 0)
+
+
+def read(fd: int) -> shard.Header:
     return shard.read_header(fd, "model.safetensors")
 
 
-def reference_accepts(data: bytes) -> bool:
-    try:
-        deserialize(data)
-    except (SafetensorError, ValueError, UnicodeDecodeError, OverflowError):
-        return False
-    return True
-
-
 @pytest.mark.parametrize("case", BAD)
-def test_read_header_of_a_hostile_file_is_refused_at_once_and_printably(case: str, memory: int) -> None:
-    started = time.process_time()
-    with pytest.raises(BadHeader) as raised:
-        read(memory, BAD[case])
-    assert time.process_time() - started <= MOST_SECONDS
-    assert raised.value.exit_code == EXIT_BAD_INPUT
-    assert raised.value.facts["file"] == "model.safetensors"
-    assert tiny.is_plain(str(raised.value))
-    assert len(str(raised.value)) < 2000
+def test_read_header_of_a_hostile_file_is_refused_cheaply_and_printably(case: str, memory: int) -> None:
+    put(memory, BAD[case])
+    error = refusal(lambda: read(memory), BadHeader)
+    assert error.facts["file"] == "model.safetensors"
+    assert len(str(error)) < 2000
 
 
 @pytest.mark.parametrize("case", ACCEPTED)
 def test_read_header_of_a_valid_twin_is_accepted_as_by_the_reference(case: str, memory: int) -> None:
     data, num_tensors = ACCEPTED[case]
-    assert len(read(memory, data).entries) == num_tensors
-    assert reference_accepts(data)
+    assert fuzz_driver.disagreement(memory, data) is True
+    assert len(read(memory).entries) == num_tensors
 
 
 def test_corpus_holds_at_least_80_files_for_all_rules() -> None:
@@ -326,16 +322,69 @@ def test_corpus_holds_at_least_80_files_for_all_rules() -> None:
     assert {case.split()[0] for case in BAD} == {f"H{number}" for number in range(1, 15)}
 
 
-@pytest.mark.parametrize("first", [b"\0", b"{", b'{"'])
-def test_read_header_of_100_mb_without_json_is_refused_at_once(first: bytes, memory: int) -> None:
-    os.pwrite(memory, struct.pack("<Q", MAX_HEADER_BYTES) + first, 0)
-    os.ftruncate(memory, 8 + MAX_HEADER_BYTES)
-    started = time.process_time()
-    with pytest.raises(BadHeader):
-        shard.read_header(memory, "model.safetensors")
-    assert (
-        time.process_time() - started <= 2 * MOST_SECONDS
-    )  # the kernel makes the zeros in that time as well
+# ---- headers as long as may be; what they hold is made when it is needed
+
+
+def filled(before: str, unit: str, after: str, size: int = MAX_HEADER_BYTES) -> bytes:
+    """A header of about this size that repeats one piece of text."""
+    begin, piece, end = before.encode(), unit.encode(), after.encode()
+    return begin + piece * ((size - len(begin) - len(end)) // len(piece)) + end
+
+
+def table(count: int, entry: str) -> bytes:
+    """A header of many tensors: `entry` for the n-th, which begins at byte n."""
+    return ("{" + ",".join(entry % (n, n, n + 1) for n in range(count)) + "}").encode()
+
+
+TINY = '"%d":{"dtype":"U8","shape":[1],"data_offsets":[%d,%d]}'
+SHORT = '"%d":{"dtype":"U8","shape":[],"data_offsets":[%d,%d]}'
+IN_METADATA = '{"__metadata__":{"a":"', '"}}'
+LARGE: dict[str, Callable[[], bytes]] = {
+    "zeros": lambda: bytes(MAX_HEADER_BYTES),
+    "zeros after a brace": lambda: b"{" + bytes(MAX_HEADER_BYTES - 1),
+    "zeros in a string": lambda: b'{"' + bytes(MAX_HEADER_BYTES - 3) + b"}",
+    "lists": lambda: filled('{"a":[', "[],", "[]]}"),
+    "objects": lambda: filled('{"a":[', "{},", "{}]}"),
+    "empty entries": lambda: filled("{", '"a":{},', '"b":{}}'),
+    "open lists": lambda: filled('{"a":', "[", "}"),
+    "open objects": lambda: filled("", '{"a":', "}"),
+    "as many tensors as fit": lambda: table(1_500_000, SHORT),
+    "one tensor too many": lambda: table(MAX_TENSORS + 1, TINY),
+    "one name": lambda: filled('{"', "a", f'":{fields()}}}'),
+    "one name without a printable letter": lambda: filled('{"', "\x7f", f'":{fields()}}}'),
+    "one name, open": lambda: filled('{"', "a", "}"),
+    "one number": lambda: filled('{"a":{"dtype":"U8","shape":[', "9", '],"data_offsets":[0,4]}}'),
+    "numbers": lambda: filled('{"a":{"dtype":"U8","shape":[', "1,", '1],"data_offsets":[0,4]}}'),
+    "numbers of 4,000 digits": lambda: filled('{"a":[', "9" * 4000 + ",", "0]}"),
+    "one dtype": lambda: filled('{"a":{"dtype":"', "U8", '","shape":[4],"data_offsets":[0,4]}}'),
+    "numbers with a sign": lambda: filled('{"a":[', "-1,", "1]}"),
+    "numbers with a point": lambda: filled('{"a":[', "1.5,", "1]}"),
+    "commas": lambda: filled('{"a":[', ",", "]}"),
+    "colons": lambda: filled('{"a"', ":", "}"),
+    "quotes": lambda: filled("{", '"', "}"),
+    "metadata": lambda: filled(IN_METADATA[0], "x", IN_METADATA[1]),
+    "metadata of empty values": lambda: filled('{"__metadata__":{', '"a":"",', '"b":""}}'),
+    "metadata of escapes": lambda: filled(IN_METADATA[0], "\\u0061", IN_METADATA[1]),
+    "metadata of surrogate pairs": lambda: filled(IN_METADATA[0], "\\ud83d\\ude00", IN_METADATA[1]),
+    "metadata of letters": lambda: filled(IN_METADATA[0], "\u5c42", IN_METADATA[1]),
+    "metadata of emoji": lambda: filled(IN_METADATA[0], "\U0001f600", IN_METADATA[1]),
+    "16 MiB of escapes": lambda: filled(IN_METADATA[0], "\\u0061", IN_METADATA[1], MAX_PLAIN_HEADER_BYTES),
+    "16 MiB of pairs": lambda: filled(
+        IN_METADATA[0], "\\ud83d\\ude00", IN_METADATA[1], MAX_PLAIN_HEADER_BYTES
+    ),
+    "16 MiB and an emoji": lambda: filled(
+        IN_METADATA[0] + "\U0001f600", "x", IN_METADATA[1], MAX_PLAIN_HEADER_BYTES
+    ),
+    "blanks inside": lambda: filled('{"a"', " ", "}"),
+    "newlines after": lambda: filled(GOOD.decode(), "\n", ""),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LARGE)
+def test_read_header_of_the_largest_size_is_refused_as_cheaply(case: str, memory: int) -> None:
+    put(memory, packed(LARGE[case](), b"1234"))
+    refusal(lambda: read(memory), BadHeader)
 
 
 def test_read_header_claim_over_100_mb_is_refused_before_it_is_read(
@@ -360,8 +409,9 @@ def test_read_header_json_that_exhausts_memory_is_refused(
         raise MemoryError
 
     monkeypatch.setattr(strictjson.json, "loads", exhausted)
+    put(memory, one())
     with pytest.raises(BadHeader):
-        read(memory, one())
+        read(memory)
 
 
 @pytest.mark.parametrize(
@@ -369,87 +419,74 @@ def test_read_header_json_that_exhausts_memory_is_refused(
 )
 def test_open_checkpoint_with_a_hostile_shard_names_the_shard(case: str, checkpoint: Path) -> None:
     tiny.replace(checkpoint / tiny.FIRST_LAYER, BAD[case])
-    with pytest.raises(BadHeader) as raised:
-        source.open_checkpoint(str(checkpoint))
-    assert raised.value.facts["file"] == tiny.FIRST_LAYER
+    error = refusal(lambda: source.open_checkpoint(str(checkpoint)), BadHeader, checkpoint)
+    assert error.facts["file"] == tiny.FIRST_LAYER
 
 
 # ---- fuzz: only our exceptions, and nothing that the reference refuses
 
-
-def disagreement(fd: int, data: bytes) -> str | None:
-    """What is wrong with our verdict about a file; None: we refuse it, or both readers take it for the same."""
-    try:
-        header = read(fd, data)
-    except BadHeader:
-        return None
-    except Exception as error:  # noqa: BLE001 - this is what is looked for
-        return f"{error!r} for {data!r}"
-    if not reference_accepts(data):
-        return f"the reference refuses {data!r}"
-    names = {name for name, _ in deserialize(data)}
-    return None if names == header.entries.keys() else f"the reference finds {names} in {data!r}"
+DRIVER = Path(fuzz_driver.__file__)
+LEAST_ACCEPTED = 0.005  # of the mutations; else the comparison with the reference proves little
 
 
-TOKENS = [
-    *(b"{ } [ ] , : \" \\ - 0 1 9 . e E + t \xff \x00 \xef\xbb\xbf \xc3\xa9 \xed\xa0\x80".split(b" ")),
-    *(b'-0 0.0 1e1 NaN true null "" {} [] \\u0000 \\ud800 \\u0061 9223372036854775808 "a":'.split(b" ")),
-    *(b'"dtype" "shape" "data_offsets" "U8" "F4" "BF16" "__metadata__" "x":1, ,"x":1'.split(b" ")),
-    b" ", b"\n", b"\t", b"  ",
-]  # fmt: skip
+def fuzzed(seeds: list[int], num_mutations: float, seconds: float) -> list[dict[str, Any]]:
+    """What the driver found, one process for each seed."""
+    drivers = [
+        subprocess.Popen(
+            [sys.executable, str(DRIVER), str(seed), str(num_mutations), str(seconds)],
+            stdout=subprocess.PIPE,
+        )
+        for seed in seeds
+    ]
+    told = [driver.communicate()[0] for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0] * len(seeds)
+    return [json.loads(text) for text in told]
 
 
-def mutated(rng: random.Random, header: bytes) -> bytes:
-    """One to three small changes."""
-    for _ in range(rng.choice((1, 1, 2, 3))):
-        at = rng.randrange(len(header) + 1)
-        kind = rng.randrange(6)
-        if kind == 0:
-            header = header[:at] + bytes([rng.randrange(256)]) + header[at + 1 :]
-        elif kind == 1:
-            header = header[:at] + rng.choice(TOKENS) + header[at:]
-        elif kind == 2:
-            header = header[:at] + header[at + rng.randrange(1, 4) :]
-        elif kind == 3:
-            token = rng.choice(TOKENS)
-            header = header[:at] + token + header[at + len(token) :]
-        elif kind == 4:
-            end = min(len(header), at + rng.randrange(1, 80))
-            header = header[:end] + header[at:end] + header[end:]
-        else:
-            digits = [place for place, byte in enumerate(header) if 48 <= byte <= 57] or [0]
-            place = rng.choice(digits)
-            header = header[:place] + b"%d" % rng.choice((0, 1, 2, 4, 8, 2**31, 2**63)) + header[place + 1 :]
-    return header
+def require_sound(found: list[dict[str, Any]], least: int) -> None:
+    assert [problem for part in found for problem in part["wrong"]] == []
+    num_mutations = sum(part["mutations"] for part in found)
+    assert num_mutations >= least
+    assert sum(part["accepted"] for part in found) > LEAST_ACCEPTED * num_mutations
 
 
-def split(file: bytes) -> tuple[bytes, bytes]:
-    """(header, data) of a file."""
-    end = 8 + int.from_bytes(file[:8], "little")
-    return file[8:end], file[end:]
+def test_read_header_of_20000_mutated_headers_never_takes_what_the_reference_refuses() -> None:
+    """The quick version, for while one edits."""
+    require_sound([fuzz_driver.fuzz(0, 20_000, 60)], 20_000)
 
 
-def test_read_header_of_100000_mutated_headers_never_takes_what_the_reference_refuses(memory: int) -> None:
-    seeds = [split(file) for file, num_tensors in ACCEPTED.values() if len(file) < 600 and num_tensors]
-    rng = random.Random(0)
-    wrong = []
-    for _ in range(NUM_MUTATIONS):
-        header, data = rng.choice(seeds)
-        header = mutated(rng, header)
-        lie = rng.choice((-8, -1, 1, 8, 2**32)) if rng.random() < 0.02 else 0
-        problem = disagreement(memory, packed(header, data, length=max(0, len(header) + lie)))
-        if problem:
-            wrong.append(problem)
-    assert wrong == []
+@pytest.mark.slow
+def test_read_header_of_a_million_mutated_headers_never_takes_what_the_reference_refuses(
+    nightly: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every night an hour of others, by a seed that is told."""
+    if not nightly:
+        require_sound(fuzzed([1, 2], 500_000, 600), 1_000_000)
+        return
+    seed = random.SystemRandom().randrange(10**9)
+    with capsys.disabled():
+        print(f"\nfuzzing headers from the seeds {seed} and {seed + 1}")
+    require_sound(fuzzed([seed, seed + 1], math.inf, 3600), 1_000_000)
 
 
-def test_mutations_leave_at_least_one_header_in_a_hundred_valid(memory: int) -> None:
-    seeds = [split(file) for file, num_tensors in ACCEPTED.values() if len(file) < 600 and num_tensors]
-    rng = random.Random(1)
-    num_accepted = 0
-    for header, data in seeds * 100:
-        num_accepted += reference_accepts(packed(mutated(rng, header), data))
-    assert num_accepted > len(seeds)  # else the fuzz above proves little
+@pytest.mark.parametrize("change", fuzz_driver.CHANGES, ids=lambda change: change.__name__)
+def test_every_kind_of_mutation_leaves_some_headers_valid_and_most_not(
+    change: fuzz_driver.Change, memory: int
+) -> None:
+    rng, tries = random.Random(0), 100
+    verdicts = [
+        fuzz_driver.disagreement(memory, packed(changed, data))
+        for header, data in fuzz_driver.seeds() * tries
+        for changed in [change(rng, header, rng.randrange(len(header) + 1))]
+        if changed != header
+    ]
+    assert {*verdicts} == {True, False}
+    assert verdicts.count(True) < len(verdicts) / 2
+
+
+def test_every_header_that_fuzzing_starts_from_is_read_as_by_the_reference(memory: int) -> None:
+    for header, data in fuzz_driver.seeds():
+        assert fuzz_driver.disagreement(memory, packed(header, data)) is True, header
 
 
 DTYPES = ["U8", "I8", "BF16", "F32", "F64", "I64", "F8_E4M3", "F8_E8M0", "F4", "BOOL"]
@@ -500,28 +537,25 @@ def with_fault(document: dict[str, Any], fault: str, odd: object) -> dict[str, A
     return document
 
 
-@settings(
-    max_examples=5000,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(st.lists(ENTRIES, max_size=3), FAULTS, ODD, st.booleans())
+@pytest.mark.slow
 def test_read_header_of_5000_generated_files_agrees_with_the_reference_on_what_it_accepts(
-    memory: int, entries: list[tuple[str, list[int], str]], fault: str, odd: object, escaped: bool
+    memory: int, nightly: bool
 ) -> None:
-    document, size = document_of(entries)
-    if fault != "none":
-        document = with_fault(document, fault, odd)
-    header = json.dumps(document, ensure_ascii=escaped).encode("utf-8", "surrogatepass")
-    assert not disagreement(memory, packed(header, bytes(size + (1 if fault == "data" else 0))))
+    """Every night 100,000 others."""
 
+    @settings(
+        max_examples=100_000 if nightly else 5000,
+        derandomize=not nightly,
+        deadline=None,
+        database=None,
+    )
+    @given(st.lists(ENTRIES, max_size=3), FAULTS, ODD, st.booleans())
+    def agrees(entries: list[tuple[str, list[int], str]], fault: str, odd: object, escaped: bool) -> None:
+        document, size = document_of(entries)
+        if fault != "none":
+            document = with_fault(document, fault, odd)
+        header = json.dumps(document, ensure_ascii=escaped).encode("utf-8", "surrogatepass")
+        verdict = fuzz_driver.disagreement(memory, packed(header, bytes(size + (fault == "data"))))
+        assert verdict in (True, False), verdict
 
-def test_read_header_of_99_megabytes_of_brackets_is_refused_before_it_is_parsed(memory: int) -> None:
-    """Parsing them would take ten seconds and a gigabyte."""
-    header = b'{"a":[' + b"[]," * 33_000_000 + b"[]]}"
-    began = time.monotonic()
-    with pytest.raises(BadHeader, match="more brackets"):
-        shard.parse_header(struct.pack("<Q", len(header)) + header, 8 + len(header), "x.safetensors")
-    assert time.monotonic() - began < 5
+    agrees()

@@ -1,25 +1,24 @@
 """Hostile index and config files: rules I1-I6 and C1-C3, through the functions that every command starts with.
 
-Each case breaks one copy of the flash sample; the refusal has the right class, exit code 3, and says which file.
+Each case breaks one copy of the flash sample. `refusals` says what is asked of a refusal; here it comes from everything
+that happens before the first byte is written.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import refusals
 import tiny
 from tiny import CONFIG, EMBED, FIRST_LAYER, INDEX, Tensor
 
 from dsv4ckpt import formats, release, source
 from dsv4ckpt.errors import (
-    EXIT_BAD_INPUT,
     BadConfig,
     BadIndex,
     Dsv4Error,
@@ -37,14 +36,15 @@ def conform(directory: Path) -> None:
     tiny.survey_of(directory).require_conform()
 
 
-def refusal(directory: Path, kinds: type[Dsv4Error] | tuple[type[Dsv4Error], ...]) -> Dsv4Error:
+def refusal(directory: Path, kinds: refusals.Kinds) -> Dsv4Error:
     """The refusal of a checkpoint by everything before the first byte is written; nothing else may be raised."""
-    with tiny.at_most(20), pytest.raises(kinds) as raised:
+
+    def work() -> None:
         conform(directory)
         tiny.plan_of(directory)
-    assert raised.value.exit_code == EXIT_BAD_INPUT
-    assert tiny.is_plain(str(raised.value))
-    return raised.value
+
+    with tiny.at_most(20):
+        return refusals.refusal(work, kinds, directory)
 
 
 # ---- the index
@@ -74,6 +74,16 @@ def shard_twice(directory: Path) -> None:
     tiny.edit_weight_map(directory, lambda names: names.update({"x": "extra.safetensors"}))
 
 
+def index_filled(before: str, unit: str, after: str) -> Edit:
+    """An index as large as may be that repeats one piece of text."""
+
+    def edit(directory: Path) -> None:
+        count = (formats.MAX_INDEX_BYTES - len(before + after)) // len(unit)
+        tiny.replace(directory / INDEX, before + unit * count + after)
+
+    return edit
+
+
 def without_index(directory: Path) -> None:
     (directory / INDEX).unlink()
 
@@ -82,7 +92,7 @@ def index_text(directory: Path) -> str:
     return (directory / INDEX).read_text()
 
 
-BAD_INDEX: dict[str, tuple[Edit, type[Dsv4Error] | tuple[type[Dsv4Error], ...]]] = {
+BAD_INDEX: dict[str, tuple[Edit, type[Dsv4Error]]] = {
     "I1 empty file": (index_is(""), BadIndex),
     "I1 not JSON": (index_is("weight_map"), BadIndex),
     "I1 array": (index_is("[]"), BadIndex),
@@ -112,6 +122,31 @@ BAD_INDEX: dict[str, tuple[Edit, type[Dsv4Error] | tuple[type[Dsv4Error], ...]]]
     "I1 weight_map null": (index_of(lambda document: document.update(weight_map=None)), BadIndex),
     "I1 weight_map string": (index_of(lambda document: document.update(weight_map=EMBED)), BadIndex),
     "I1 too large": (lambda d: tiny.replace(d / INDEX, " " * formats.MAX_INDEX_BYTES + index_text(d)), BadIndex),
+    "I1 metadata key twice": (
+        lambda d: tiny.replace(d / INDEX, '{"x":{"a":1,"a":1},' + index_text(d).lstrip()[1:]), BadIndex
+    ),
+    "I1 single quotes": (lambda d: tiny.replace(d / INDEX, index_text(d).replace('"', "'")), BadIndex),
+    "I1 trailing comma": (lambda d: tiny.replace(d / INDEX, index_text(d).rstrip()[:-1] + ",}"), BadIndex),
+    "I1 second document": (lambda d: tiny.replace(d / INDEX, index_text(d) + "{}"), BadIndex),
+    "I1 float overflow": (lambda d: tiny.replace(d / INDEX, '{"metadata":{"x":1e999},' + index_text(d)[1:]), BadIndex),
+    "I1 lone surrogate as a tensor": (weight_map(lambda names: names.update({"\ud800": EMBED})), BadIndex),
+    "I1 pickle": (index_is(b"\x80\x04K\x01."), BadIndex),
+    "I1 deep within": (
+        lambda d: tiny.replace(d / INDEX, '{"x":' + nested(100_000) + "," + index_text(d)[1:]), BadIndex
+    ),
+    "I1 30 MiB of zeros": (lambda d: sparse(d / INDEX, formats.MAX_INDEX_BYTES), BadIndex),
+    "I1 10 GB, sparse": (lambda d: sparse(d / INDEX, 10**10), BadIndex),
+    "I1 30 MiB of blanks": (index_filled('{"weight_map":{}', " ", "}"), BadIndex),
+    "I1 30 MiB of escapes": (index_filled('{"weight_map":"', "\\u0061", '"}'), BadIndex),
+    "I1 30 MiB of pairs": (index_filled('{"weight_map":"', "\\ud83d\\ude00", '"}'), BadIndex),
+    "I1 30 MiB of one string": (index_filled('{"weight_map":"', "x", '"}'), BadIndex),
+    "I1 30 MiB of open lists": (index_filled('{"weight_map":', "[", "}"), BadIndex),
+    "I1 30 MiB of quotes": (index_filled("{", '"', "}"), BadIndex),
+    "I1 30 MiB of lists": (index_filled('{"weight_map":[', "[],", "[]]}"), BadIndex),
+    "I1 30 MiB of objects": (index_filled('{"weight_map":[', "{},", "{}]}"), BadIndex),
+    "I1 30 MiB of empty tensors": (index_filled('{"weight_map":{', '"":"",', '"a":""}}'), BadIndex),
+    "I1 30 MiB of numbers": (index_filled('{"weight_map":[', "1,", "1]}"), BadIndex),
+    "I1 30 MiB of long numbers": (index_filled('{"weight_map":[', "9" * 4000 + ",", "1]}"), BadIndex),
     "I2 traversal": (mapped_to("../model.safetensors"), UnsafePath),
     "I2 long traversal": (mapped_to("../" * 12 + "etc/passwd"), UnsafePath),
     "I2 traversal within": (mapped_to("x/../" + EMBED), UnsafePath),
@@ -131,7 +166,7 @@ BAD_INDEX: dict[str, tuple[Edit, type[Dsv4Error] | tuple[type[Dsv4Error], ...]]]
     "I2 only the ending": (mapped_to(".safetensors"), UnsafePath),
     "I2 blank": (mapped_to("a b.safetensors"), UnsafePath),
     "I2 escape codes": (mapped_to("\x1b[2J.safetensors"), UnsafePath),
-    "I1 lone surrogate in a shard name": (mapped_to("\ud800.safetensors"), (UnsafePath, BadIndex)),
+    "I1 lone surrogate in a shard name": (mapped_to("\ud800.safetensors"), BadIndex),
     "I2 other script": (mapped_to("m\u043edel.safetensors"), UnsafePath),
     "I2 fullwidth slash": (mapped_to("..\uff0fmodel.safetensors"), UnsafePath),
     "I2 tilde": (mapped_to("~/model.safetensors"), UnsafePath),
@@ -147,6 +182,24 @@ BAD_INDEX: dict[str, tuple[Edit, type[Dsv4Error] | tuple[type[Dsv4Error], ...]]]
     "I2 true": (mapped_to(True), UnsafePath),
     "I2 list": (mapped_to([EMBED]), UnsafePath),
     "I2 object": (mapped_to({"file": EMBED}), UnsafePath),
+    "I2 leading blank": (mapped_to(" " + EMBED), UnsafePath),
+    "I2 trailing blank": (mapped_to(EMBED + " "), UnsafePath),
+    "I2 trailing dot": (mapped_to(EMBED + "."), UnsafePath),
+    "I2 trailing slash": (mapped_to(EMBED + "/"), UnsafePath),
+    "I2 double slash": (mapped_to("//etc/model.safetensors"), UnsafePath),
+    "I2 tab": (mapped_to("a\t.safetensors"), UnsafePath),
+    "I2 device": (mapped_to("/dev/zero"), UnsafePath),
+    "I2 memory of the process": (mapped_to("/proc/self/mem"), UnsafePath),
+    "I2 descriptor": (mapped_to("/dev/fd/0"), UnsafePath),
+    "I2 percent-encoded": (mapped_to("..%2Fmodel.safetensors"), UnsafePath),
+    "I2 variable": (mapped_to("$HOME.safetensors"), UnsafePath),
+    "I2 file URL": (mapped_to("file:///etc/model.safetensors"), UnsafePath),
+    "I2 network share": (mapped_to("\\\\host\\share\\model.safetensors"), UnsafePath),
+    "I2 stream": (mapped_to("model.safetensors:x.safetensors"), UnsafePath),
+    "I2 right-to-left override": (mapped_to("\u202esrotcnetefas.safetensors"), UnsafePath),
+    "I2 zero width": (mapped_to("model\u200b.safetensors"), UnsafePath),
+    "I2 code": (mapped_to("modeling.py"), UnsafePath),
+    "I2 manifest": (mapped_to(formats.MANIFEST_NAME), UnsafePath),
     "I4 shard missing": (lambda d: (d / FIRST_LAYER).unlink(), MissingFile),
     "I4 all shards missing": (lambda d: [file.unlink() for file in d.glob("*.safetensors")], MissingFile),
     "I4 index names another shard": (mapped_to(EMBED), BadIndex),
@@ -160,6 +213,14 @@ BAD_INDEX: dict[str, tuple[Edit, type[Dsv4Error] | tuple[type[Dsv4Error], ...]]]
     "I4 stray that is no safetensors file": (lambda d: tiny.replace(d / "z.safetensors", "z"), BadIndex),
     "I4 stray with escape codes in its name": (lambda d: tiny.replace(d / "\x1b[2J.safetensors", "z"), BadIndex),
     "I4 stray with a name that is no UTF-8": (lambda d: tiny.replace(d / "\udcff.safetensors", "z"), BadIndex),
+    "I4 every line names one shard": (
+        weight_map(lambda names: names.update(dict.fromkeys(names, EMBED))), BadIndex
+    ),
+    "I4 one line only": (weight_map(lambda names: [names.pop(name) for name in [*names] if name != NORM]), BadIndex),
+    "I4 name in capitals": (weight_map(lambda names: names.update({NORM.upper(): names.pop(NORM)})), BadIndex),
+    "I4 name with a blank": (weight_map(lambda names: names.update({NORM + " ": names.pop(NORM)})), BadIndex),
+    "I4 name decomposed": (weight_map(lambda names: names.update({NORM + "\u0301": names.pop(NORM)})), BadIndex),
+    "I4 shard in capitals is another file": (mapped_to("M" + EMBED[1:]), MissingFile),
     "I6 no index and many files": (without_index, BadIndex),
 }  # fmt: skip
 
@@ -168,16 +229,7 @@ BAD_INDEX: dict[str, tuple[Edit, type[Dsv4Error] | tuple[type[Dsv4Error], ...]]]
 def test_index_that_is_hostile_is_refused_before_anything_is_planned(case: str, checkpoint: Path) -> None:
     edit, kinds = BAD_INDEX[case]
     edit(checkpoint)
-    assert len(str(refusal(checkpoint, kinds))) < 3000
-
-
-@pytest.mark.parametrize("case", [case for case in BAD_INDEX if case.startswith("I2")])
-def test_index_with_a_path_for_a_name_opens_nothing_outside(case: str, checkpoint: Path) -> None:
-    BAD_INDEX[case][0](checkpoint)
-    with tiny.recorded_opens() as opened:
-        refusal(checkpoint, UnsafePath)
-    assert opened
-    assert tiny.outside(opened, checkpoint) == []
+    refusal(checkpoint, kinds)
 
 
 def test_index_corpus_and_config_corpus_hold_at_least_40_files_each() -> None:
@@ -296,6 +348,16 @@ BAD_CONFIG: dict[str, tuple[Edit, type[Dsv4Error]]] = {
     "C1 open lists": (config_is("[" * 1_000_000), BadConfig),
     "C1 number of 5,000 digits": (config_text('"hidden_size": 256', '"hidden_size": ' + "9" * 5000), BadConfig),
     "C1 no model_type": (config_text('"model_type": "deepseek_v4",', ""), BadConfig),
+    "C1 comment": (lambda d: tiny.replace(d / CONFIG, "// {}\n" + (d / CONFIG).read_text()), BadConfig),
+    "C1 single quotes": (lambda d: tiny.replace(d / CONFIG, (d / CONFIG).read_text().replace('"', "'")), BadConfig),
+    "C1 trailing comma": (lambda d: tiny.replace(d / CONFIG, (d / CONFIG).read_text().rstrip()[:-1] + ",}"), BadConfig),
+    "C1 YAML tag": (config_is("!!python/object/apply:os.system ['true']"), BadConfig),
+    "C1 pickle": (config_is(b"\x80\x04K\x01."), BadConfig),
+    "C1 hexadecimal": (config_text('"hidden_size": 256', '"hidden_size": 0x100'), BadConfig),
+    "C1 leading zero": (config_text('"hidden_size": 256', '"hidden_size": 0256'), BadConfig),
+    "C1 control character in a string": (config_text('"hidden_act": "silu"', '"hidden_act": "si\x01lu"'), BadConfig),
+    "C1 1 MiB of zeros": (lambda d: sparse(d / CONFIG, 2**20), BadConfig),
+    "C1 key of a million characters": (config_is('{"' + "x" * (2**20 - 10) + '":1}'), BadConfig),
     "C1 model_type of V3": (config_with(model_type="deepseek_v3"), BadConfig),
     "C1 model_type in capitals": (config_with(model_type="DEEPSEEK_V4"), BadConfig),
     "C1 model_type null": (config_with(model_type=None), BadConfig),
@@ -329,6 +391,11 @@ BAD_CONFIG: dict[str, tuple[Edit, type[Dsv4Error]]] = {
     "C2 o_groups does not divide": (config_with(o_groups=3), BadConfig),
     "C2 hidden odd": (config_with(hidden_size=257), BadConfig),
     "C2 expert width odd": (config_with(moe_intermediate_size=129), BadConfig),
+    "C2 one layer too many": (config_with(num_hidden_layers=513, compress_ratios=[0] * 514), BadConfig),
+    "C2 one expert too many": (config_with(n_routed_experts=4097), BadConfig),
+    "C2 hidden a little too wide": (config_with(hidden_size=2**17 + 2), BadConfig),
+    "C2 stages alone": (config_with(num_nextn_predict_layers=8, compress_ratios=[0] * 4), BadConfig),
+    "C2 sizes whose product leaves 64 bits": (config_with(num_attention_heads=4096, head_dim=2**14 + 1), BadConfig),
     "C2 DSpark taps no layer": (config_of("flash-0731", dspark_target_layer_ids=[]), BadConfig),
     "C2 DSpark taps a layer beyond": (config_of("flash-0731", dspark_target_layer_ids=[99]), BadConfig),
     "C2 DSpark taps a negative layer": (config_of("flash-0731", dspark_target_layer_ids=[-1]), BadConfig),
@@ -399,7 +466,7 @@ def sparse(path: Path, size: int) -> None:
 def test_config_that_is_hostile_is_refused_before_anything_is_planned(case: str, checkpoint: Path) -> None:
     edit, kind = BAD_CONFIG[case]
     edit(checkpoint)
-    assert len(str(refusal(checkpoint, kind))) < 3000
+    refusal(checkpoint, kind)
 
 
 @pytest.mark.parametrize("key", BAD_NUMBERS)
@@ -435,33 +502,18 @@ def test_config_nested_to_any_depth_is_planned_or_refused(key: str, checkpoint: 
         assert key == "hidden_act", depth
 
 
-CHILD = """
-import resource, sys
-from dsv4ckpt import source, survey
-from dsv4ckpt.errors import Dsv4Error
-resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
-try:
-    survey.survey(source.open_checkpoint(sys.argv[1])).require_conform()
-except Dsv4Error as error:
-    sys.exit(error.exit_code)
-"""
-
-
 @pytest.mark.parametrize(
-    ("layers", "experts"),
-    [(4, 4096), (511, 8), (511, 4096)],
-    ids=["experts", "layers", "both"],
+    ("layers", "experts", "kind"),
+    [(4, 4096, NotConform), (511, 8, NotConform), (390, 255, NotConform), (511, 4096, BadConfig)],
+    ids=["experts", "layers", "as many as may be", "both"],
 )
-def test_config_absurd_counts_are_refused_in_bounded_time_and_memory(
-    layers: int, experts: int, checkpoint: Path
+def test_config_absurd_counts_are_refused_without_listing_what_is_missing(
+    layers: int, experts: int, kind: type[Dsv4Error], checkpoint: Path
 ) -> None:
     config_with(num_hidden_layers=layers, n_routed_experts=experts, compress_ratios=[0] * (layers + 1))(
         checkpoint
     )
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(checkpoint)], timeout=10, capture_output=True, check=False
-    )
-    assert done.returncode == EXIT_BAD_INPUT, done.stderr.decode()[-300:]
+    refusal(checkpoint, kind)
 
 
 def test_config_of_1_mib_is_read_at_once(checkpoint: Path) -> None:
@@ -473,32 +525,23 @@ def test_config_of_1_mib_is_read_at_once(checkpoint: Path) -> None:
     assert time.process_time() - started < 2
 
 
-def test_config_code_keys_and_code_files_are_never_carried(checkpoint: Path) -> None:
-    config_with(auto_map={"AutoModel": "modeling.Model"})(checkpoint)
-    for name in (
-        "modeling.py",
-        "pytorch_model.bin",
-        "x.pt",
-        "x.pkl",
-        "x.ckpt",
-        "x.so",
-        ".hidden.json",
-        "run.sh",
-    ):
+CODE = ("modeling.py", "pytorch_model.bin", "x.pt", "x.pkl", "x.ckpt", "x.so", ".hidden.json", "run.sh")
+
+
+def test_config_code_files_are_never_carried(checkpoint: Path) -> None:
+    for name in CODE:
         tiny.replace(checkpoint / name, "boom")
     made = tiny.plan_of(checkpoint)
     left = {item.name for item in made.left}
-    assert {
-        "modeling.py",
-        "pytorch_model.bin",
-        "x.pt",
-        "x.pkl",
-        "x.ckpt",
-        "x.so",
-        ".hidden.json",
-        "run.sh",
-    } <= left
+    assert {*CODE} <= left
     assert not left & {name for name, _, _ in made.copied}
+
+
+def test_config_key_that_names_code_is_left_out_and_told(checkpoint: Path) -> None:
+    config_with(auto_map={"AutoModel": "somebody/else--modeling.Model"})(checkpoint)
+    made = tiny.plan_of(checkpoint)
+    assert b"auto_map" not in made.written[CONFIG]
+    assert "config.json: auto_map" in {item.name for item in made.left}
 
 
 def test_dtypes_of_no_known_release_are_an_unknown_release(checkpoint: Path) -> None:

@@ -1,7 +1,7 @@
 """Links, fifos, devices, sockets and directories in place of a checkpoint's files: nothing outside is ever opened.
 
 Rule I3: a link is followed into the checkpoint's own directory or the Hub cache that it belongs to, else refused;
-only regular files are read.  An audit hook sees every file that Python opens.
+only regular files are read.  An audit hook sees every file that Python opens, and whatever else it does.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from refusals import attempted, refusal
 from tiny import CONFIG, FIRST_LAYER, INDEX
 
 from dsv4ckpt import plan, run, source
@@ -134,6 +135,11 @@ REFUSED = {
     "link to /dev/stdin": link_to("/dev/stdin"),
     "link to /proc/self/mem": link_to("/proc/self/mem"),
     "link to /proc/self/environ": link_to("/proc/self/environ"),
+    "link to /proc/self/fd/0": link_to("/proc/self/fd/0"),
+    "link to /dev/tty": link_to("/dev/tty"),
+    "link up and down again, elsewhere": link_to("../../../../../../../../../../etc/hostname"),
+    "link to a name that is not UTF-8": link_to("/tmp/\udcff"),
+    "link of 4,000 characters": link_to("/" + "x/" * 1999),
     "link to the root": link_to("/"),
     "link to a fifo outside": link_to_fifo_outside,
     "dangling link outside": dangling_link_outside,
@@ -144,9 +150,9 @@ REFUSED = {
     "socket": bound_socket,
     "device": device,
 }
-UNREADABLE = {
-    "link to itself": lambda file, outside: link_to(file.name)(file, outside),
-    "dangling link inside": link_to("nothing"),
+UNREADABLE: dict[str, tuple[Callable[[Path, Path], None], type[Dsv4Error]]] = {
+    "link to itself": (lambda file, outside: link_to(file.name)(file, outside), UnsafePath),
+    "dangling link inside": (link_to("nothing"), Environment),
 }
 
 
@@ -156,18 +162,14 @@ def test_file_replaced_by_something_else_is_refused_and_nothing_outside_is_opene
     case: str, name: str, checkpoint: Path, elsewhere: Path
 ) -> None:
     REFUSED[case](checkpoint / name, elsewhere)
-    with tiny.recorded_opens() as opened, pytest.raises(UnsafePath) as raised:
-        tiny.plan_of(checkpoint)
-    assert raised.value.exit_code == 3
-    assert raised.value.facts["file"] == name
-    assert tiny.outside(opened, checkpoint) == []
+    error = refusal(lambda: tiny.plan_of(checkpoint), UnsafePath, checkpoint)
+    assert error.facts["file"] == name
 
 
 @pytest.mark.parametrize("name", [FIRST_LAYER, CONFIG, INDEX])
 def test_directory_in_place_of_a_file_is_refused(name: str, checkpoint: Path, elsewhere: Path) -> None:
     directory(checkpoint / name, elsewhere)
-    with pytest.raises(UnsafePath):
-        tiny.plan_of(checkpoint)
+    refusal(lambda: tiny.plan_of(checkpoint), UnsafePath, checkpoint)
 
 
 def test_directory_in_place_of_a_small_file_is_left_behind_by_name(checkpoint: Path, elsewhere: Path) -> None:
@@ -180,50 +182,57 @@ def test_directory_in_place_of_a_small_file_is_left_behind_by_name(checkpoint: P
 def test_link_that_leads_nowhere_is_refused_by_name(
     case: str, name: str, checkpoint: Path, elsewhere: Path
 ) -> None:
-    UNREADABLE[case](checkpoint / name, elsewhere)
-    with tiny.recorded_opens() as opened, pytest.raises((UnsafePath, MissingFile, Environment)) as raised:
-        tiny.plan_of(checkpoint)
-    assert raised.value.facts["file"] == name
-    assert tiny.outside(opened, checkpoint) == []
+    replace, kind = UNREADABLE[case]
+    replace(checkpoint / name, elsewhere)
+    attempt = attempted(lambda: tiny.plan_of(checkpoint), checkpoint)
+    assert type(attempt.error) is kind
+    assert attempt.error.facts["file"] == name
+    assert attempt.deeds == []
 
 
 @pytest.mark.parametrize("case", ["link to /dev/zero", "link to a fifo outside", "socket", "fifo", "device"])
 def test_follow_links_still_reads_regular_files_only(case: str, checkpoint: Path, elsewhere: Path) -> None:
     REFUSED[case](checkpoint / FIRST_LAYER, elsewhere)
-    with pytest.raises(UnsafePath, match="no regular file"):
-        tiny.plan_of(checkpoint, follow_links=True)
+    allowed = (checkpoint, elsewhere, Path("/dev/zero"))
+    error = refusal(lambda: tiny.plan_of(checkpoint, follow_links=True), UnsafePath, *allowed)
+    assert "no regular file" in error.what
 
 
 @pytest.mark.parametrize("target", ["/proc/self/mem", "/proc/self/environ"])
 def test_follow_links_into_proc_reads_no_bytes(target: str, checkpoint: Path, elsewhere: Path) -> None:
     link_to(target)(checkpoint / FIRST_LAYER, elsewhere)
-    with pytest.raises(BadHeader, match="shorter"):
-        tiny.plan_of(checkpoint, follow_links=True)
+    error = refusal(lambda: tiny.plan_of(checkpoint, follow_links=True), BadHeader, checkpoint, Path(target))
+    assert "shorter" in error.what
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/dev/null", "/proc/self/mem", "/etc/passwd"])
 def test_open_checkpoint_of_a_path_that_is_no_safetensors_file_opens_nothing(path: str) -> None:
-    with tiny.recorded_opens() as opened, pytest.raises(MissingFile):
-        source.open_checkpoint(path)
-    assert opened == []
+    refusal(lambda: source.open_checkpoint(path), MissingFile)
 
 
 @pytest.mark.parametrize(
-    "case", ["link to /dev/zero", "link outside", "fifo", "directory", "socket", "device"]
+    ("case", "kind"),
+    [
+        ("link to /dev/zero", UnsafePath),
+        ("link outside", UnsafePath),
+        ("fifo", UnsafePath),
+        ("directory", MissingFile),  # a checkpoint's directory, then, without a shard in it
+        ("socket", UnsafePath),
+        ("device", UnsafePath),
+    ],
 )
 def test_open_checkpoint_of_a_single_shard_that_is_no_file_of_its_directory_is_refused(
-    case: str, checkpoint: Path, elsewhere: Path
+    case: str, kind: type[Dsv4Error], checkpoint: Path, elsewhere: Path
 ) -> None:
     REFUSED[case](checkpoint / FIRST_LAYER, elsewhere)
-    with tiny.recorded_opens() as opened, pytest.raises((UnsafePath, MissingFile)):
-        source.open_checkpoint(str(checkpoint / FIRST_LAYER))
-    assert tiny.outside(opened, checkpoint) == []
+    refusal(lambda: source.open_checkpoint(str(checkpoint / FIRST_LAYER)), kind, checkpoint)
 
 
 @pytest.mark.parametrize("path", ["", "nothing", "a\0b", "x" * 5000, "\udcff", "hf://org/name"])
 def test_open_checkpoint_of_a_path_that_is_not_there_is_a_missing_file(path: str) -> None:
-    with pytest.raises(MissingFile):
-        source.open_checkpoint(path)
+    attempt = attempted(lambda: source.open_checkpoint(path))
+    assert type(attempt.error) is MissingFile
+    assert attempt.deeds == []
 
 
 # ---- links that belong to the checkpoint
@@ -284,9 +293,8 @@ def test_hub_cache_links_are_followed(checkpoint: Path, flash: Path) -> None:
 
 def test_hub_cache_is_read_only_in_its_snapshot_and_blobs(checkpoint: Path) -> None:
     snapshot = hub_cache(checkpoint)
-    with tiny.recorded_opens() as opened:
-        tiny.plan_of(snapshot)
-    assert tiny.outside(opened, snapshot, snapshot.parent.parent / "blobs") == []
+    attempt = attempted(lambda: tiny.plan_of(snapshot), snapshot, snapshot.parent.parent / "blobs")
+    assert (attempt.error, attempt.deeds) == (None, [])
 
 
 def test_hub_cache_single_shard_is_followed(checkpoint: Path) -> None:
@@ -299,8 +307,7 @@ def test_hub_cache_single_shard_is_followed(checkpoint: Path) -> None:
 )
 def test_links_like_a_hub_cache_in_another_directory_are_refused(repository: str, checkpoint: Path) -> None:
     snapshot = hub_cache(checkpoint, repository)
-    with pytest.raises(UnsafePath):
-        tiny.plan_of(snapshot)
+    refusal(lambda: tiny.plan_of(snapshot), UnsafePath, snapshot)
 
 
 @pytest.mark.parametrize(
@@ -313,9 +320,7 @@ def test_hub_cache_link_to_another_place_of_the_cache_is_refused(place: str, che
     blob = (snapshot / FIRST_LAYER).resolve().rename(other / "blob")
     (snapshot / FIRST_LAYER).unlink()
     (snapshot / FIRST_LAYER).symlink_to(blob)
-    with tiny.recorded_opens() as opened, pytest.raises(UnsafePath):
-        tiny.plan_of(snapshot)
-    assert tiny.outside(opened, snapshot, snapshot.parent.parent / "blobs") == []
+    refusal(lambda: tiny.plan_of(snapshot), UnsafePath, snapshot, snapshot.parent.parent / "blobs")
 
 
 def test_hub_cache_whose_blobs_lead_elsewhere_is_refused(checkpoint: Path) -> None:
@@ -323,9 +328,7 @@ def test_hub_cache_whose_blobs_lead_elsewhere_is_refused(checkpoint: Path) -> No
     blobs = snapshot.parent.parent / "blobs"
     blobs.rename(checkpoint.parent / "elsewhere")
     blobs.symlink_to("../elsewhere")
-    with tiny.recorded_opens() as opened, pytest.raises(UnsafePath):
-        tiny.plan_of(snapshot)
-    assert tiny.outside(opened, snapshot) == []
+    refusal(lambda: tiny.plan_of(snapshot), UnsafePath, snapshot)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -405,13 +408,31 @@ def test_small_file_with_an_odd_name_does_not_keep_a_conversion_from_ending(
     assert (tmp_path / "out" / "dsv4.manifest.json").exists()
 
 
-def test_convert_opens_nothing_outside_source_and_output(checkpoint: Path, tmp_path: Path) -> None:
-    read = source.open_checkpoint(str(checkpoint))
+def test_convert_reads_and_changes_nothing_outside_source_and_output(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    read, out = source.open_checkpoint(str(checkpoint)), tmp_path / "out"
     made = plan.make_plan(tiny.survey_of(checkpoint), plan.ConvertOptions())
-    with tiny.recorded_opens() as opened:
-        run.execute(made, read, str(tmp_path / "out"), num_workers=1)
+    run.execute(made, read, str(tmp_path / "warm"), num_workers=1)  # what is imported late is imported now
+    with tiny.recorded_events() as events:
+        run.execute(made, read, str(out), num_workers=1)
     # the output's parent is opened once, to make the output's own name durable
-    assert set(tiny.outside(opened, checkpoint, tmp_path / "out")) <= {str(tmp_path)}
+    assert set(tiny.outside(tiny.opened_files(events), checkpoint, out)) <= {str(tmp_path)}
+    assert tiny.outside(tiny.changed(events), out) == []
+    assert [event for event in events if event.kind in tiny.STARTING] == []
+
+
+def test_convert_changes_nothing_in_its_source(checkpoint: Path, tmp_path: Path) -> None:
+    """Not even for a moment, and whatever may be written there."""
+    made = plan.make_plan(tiny.survey_of(checkpoint), plan.ConvertOptions())
+    with tiny.recorded_events() as events:
+        run.execute(made, source.open_checkpoint(str(checkpoint)), str(tmp_path / "out"))
+    written = [
+        *tiny.changed(events),
+        *(item for item in tiny.opened_files(events) if item[1] & tiny.WRITE_FLAGS),
+    ]
+    assert written
+    assert len(tiny.outside(written, checkpoint)) == len(written)
 
 
 def test_corpus_holds_at_least_30_cases() -> None:
