@@ -17,7 +17,7 @@ import os
 import secrets
 import socket
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from . import probe
 from .errors import Busy, Dsv4Error, Environment, ForeignOutput, printable
@@ -171,6 +171,17 @@ class OutDir:
     @contextlib.contextmanager
     def new_part(self, name: str) -> Iterator[int]:
         """A file of the work directory, to be written through its descriptor; durable when the block ends well."""
+
+        def publish(temporary: str) -> None:
+            os.rename(temporary, os.path.join(self._work, name))
+            _sync_directory(self._work)
+
+        with self._new_temporary(os.path.join(WORK_NAME, name), publish) as fd:
+            yield fd
+
+    @contextlib.contextmanager
+    def _new_temporary(self, name: str, publish: Callable[[str], None]) -> Iterator[int]:
+        """A file of our own, synced and handed to `publish` when the block ends well, else removed."""
         with io_errors(name):
             temporary = self._temporary(name)
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -180,8 +191,7 @@ class OutDir:
                     os.fsync(fd)
                 finally:
                     os.close(fd)
-                os.rename(temporary, os.path.join(self._work, name))
-                _sync_directory(self._work)
+                publish(temporary)
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
@@ -222,20 +232,10 @@ class OutDir:
                 raise ForeignOutput(
                     "a directory in the output is a link", file=name, do="choose a new directory"
                 )
-            temporary = self._temporary(name)
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            try:
-                try:
-                    _write_all(fd, data)
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
-                receipt = Receipt(name, len(data), hashlib.sha256(data).hexdigest(), {})
-                self._publish(temporary, receipt, journal=journal)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
-                raise
+        receipt = Receipt(name, len(data), hashlib.sha256(data).hexdigest(), {})
+        publish = functools.partial(self._publish, receipt=receipt, journal=journal)
+        with self._new_temporary(name, publish) as fd:
+            _write_all(fd, data)
         return receipt
 
     def _publish(self, temporary: str, receipt: Receipt, *, journal: bool) -> None:

@@ -364,7 +364,7 @@ def hash_file(digest: Digest, directory: str, name: str, size: int, follow_links
     ):
         for offset in range(0, size, _HASH_BYTES):
             view = memory[: size - offset]
-            done = min(_read_direct(direct_fd, memory, offset), len(view))
+            done = _read_direct(direct_fd, memory, offset)
             shard.read_into(fd, view[done:], offset + done, name)
             digest.update(view)
             watch.read(len(view))

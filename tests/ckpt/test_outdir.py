@@ -14,6 +14,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -242,7 +243,7 @@ def test_temporary_that_is_there_already_is_not_written_into(
 ) -> None:
     monkeypatch.setattr(outdir.secrets, "token_hex", lambda count: "00" * count)
     with opened(tmp_path) as out:
-        theirs = Path(out._temporary("a.safetensors"))
+        theirs = Path(out._temporary(".dsv4/a.safetensors" if kind == "part" else "a.safetensors"))
         theirs.write_text("somebody else's")
         with pytest.raises(Environment, match="File exists"):
             if kind == "shard":
@@ -253,6 +254,33 @@ def test_temporary_that_is_there_already_is_not_written_into(
                 with out.new_part("a.safetensors"):
                     pass
         assert theirs.read_text() == "somebody else's"
+
+
+@pytest.mark.parametrize("kind", ["shard", "small", "part"])
+def test_file_is_durable_before_it_has_its_name_and_the_name_before_it_counts(
+    kind: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path) as out:
+        order = []
+        for call in ("fsync", "rename"):
+
+            def listen(
+                subject: int | str, *rest: str, call: str = call, whole: Any = getattr(os, call)
+            ) -> None:
+                path = Path(os.readlink(f"/proc/self/fd/{subject}") if isinstance(subject, int) else subject)
+                order.append((call, "temporary" if path.suffix == ".part" else path.name))
+                whole(subject, *rest)
+
+            monkeypatch.setattr(os, call, listen)
+        if kind == "shard":
+            write(out, "a.safetensors", b"aaaa")
+        elif kind == "small":
+            out.publish_bytes("a.json", b"{}")
+        else:
+            with out.new_part("roundtrip.000000") as fd:
+                os.write(fd, b"aaaa")
+    place = [("fsync", ".dsv4")] if kind == "part" else [("fsync", tmp_path.name), ("fsync", "journal")]
+    assert order == [("fsync", "temporary"), ("rename", "temporary"), *place]
 
 
 @pytest.mark.parametrize("nth", [2, 3])
