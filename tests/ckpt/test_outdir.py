@@ -14,7 +14,6 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -261,17 +260,20 @@ def test_file_is_durable_before_it_has_its_name_and_the_name_before_it_counts(
     kind: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with opened(tmp_path) as out:
-        order = []
-        for call in ("fsync", "rename"):
+        order: list[tuple[str, str]] = []
 
-            def listen(
-                subject: int | str, *rest: str, call: str = call, whole: Any = getattr(os, call)
-            ) -> None:
+        def listener(call: str) -> Callable[..., None]:
+            whole = getattr(os, call)
+
+            def listen(subject: int | str, *rest: str) -> None:
                 path = Path(os.readlink(f"/proc/self/fd/{subject}") if isinstance(subject, int) else subject)
                 order.append((call, "temporary" if path.suffix == ".part" else path.name))
                 whole(subject, *rest)
 
-            monkeypatch.setattr(os, call, listen)
+            return listen
+
+        for call in ("fsync", "rename"):
+            monkeypatch.setattr(os, call, listener(call))
         if kind == "shard":
             write(out, "a.safetensors", b"aaaa")
         elif kind == "small":
