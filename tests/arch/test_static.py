@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from dsv4ckpt import formats
+
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = sorted([*(ROOT / "dsv4ckpt").rglob("*.py"), *(ROOT / "dsv4model").rglob("*.py")])
 PRODUCT = [*LIBRARIES, *sorted((ROOT / "cli").rglob("*.py"))]
@@ -217,6 +219,33 @@ def test_libraries_know_no_time(file: Path) -> None:
     assert not imports(tree_of(file)) & {"time", "datetime", "uuid", "getpass", "platform"}
 
 
+NETWORK = {
+    "aiohttp",
+    "ftplib",
+    "http",
+    "httpx",
+    "huggingface_hub",
+    "requests",
+    "ssl",
+    "urllib",
+    "urllib3",
+    "xmlrpc",
+}
+
+
+@pytest.mark.parametrize("file", PRODUCT, ids=name_of)
+def test_product_opens_no_connection(file: Path) -> None:
+    """Of `socket` it may ask the host's name."""
+    tree = tree_of(file)
+    assert not imports(tree) & NETWORK
+    used = {
+        dotted(node, imported_as(tree))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute | ast.Name)
+    }
+    assert {name for name in used if name.startswith("socket.")} <= {"socket.gethostname"}
+
+
 # ---- geometry is read, never assumed
 
 GEOMETRY_LIVES_IN = {"formats.py", "sample.py"}
@@ -300,3 +329,23 @@ def test_no_tracked_file_is_large_or_binary() -> None:
         assert len(data) < 1_000_000, name_of(file)
         assert b"\0" not in data, name_of(file)
         assert file.suffix not in {".pyc", ".safetensors", ".pt", ".bin", ".pkl", ".so"}, name_of(file)
+
+
+# ---- SECURITY.md
+
+SECURITY = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+
+
+def test_security_page_points_to_tests_that_exist() -> None:
+    links = re.findall(r"\]\((tests/[\w/.]+)\)", SECURITY)
+    assert len(links) > 10
+    assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
+def test_security_page_tells_the_limits_that_hold() -> None:
+    told = {
+        name: int(value.replace(",", ""))
+        for name, value in re.findall(r"\| `(MAX_\w+)`.*\| ([\d,]+) \|", SECURITY)
+    }
+    assert len(told) == 8
+    assert told == {name: getattr(formats, name) for name in told}

@@ -202,6 +202,7 @@ def test_f32_scale_that_is_no_power_of_two_does_not_become_e8m0(
 SCALES_OF_F32 = [1.0, 0.1, -0.3, 2.0**-100, 3e-38, 1e-41, 0.0, 1e30]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", SCALES_OF_F32)
 def test_base_scales_of_any_size_and_sign_come_back(
     sample_of: Callable[[str], Path], tmp_path: Path, value: float
@@ -214,6 +215,7 @@ def test_base_scales_of_any_size_and_sign_come_back(
     assert files_of(tmp_path / "back") == files_of(base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("byte", [0, 1, 2, 3, 105, 246, 247, 254])
 def test_e8m0_scales_of_dense_tiles_from_end_to_end(flash: Path, tmp_path: Path, byte: int) -> None:
     checkpoint = tiny.copy_of(flash, tmp_path / "checkpoint")
@@ -244,6 +246,7 @@ BLOCKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("namespace", Namespace)
 @pytest.mark.parametrize("byte", [0, 1, 2, 3, 6, 127, 235, 240, 252])
 def test_adversarial_fp4_blocks_from_end_to_end(

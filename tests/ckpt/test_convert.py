@@ -452,6 +452,7 @@ def load_by_transformers(directory: Path, **options: Any) -> tuple[Any, dict[str
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", ["flash", "flash-base", "flash-0731", "pro", "pro-base", "pro-0813"])
 def test_convert_output_loads_strictly_in_transformers_with_equal_logits(
     release: str, sample_of: Sample, convert: Convert, tmp_path: Path

@@ -768,6 +768,7 @@ print(digest.hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_nothing_depends_on_flush_to_zero() -> None:
     printed = []
     for mode in ("flush", "gradual"):

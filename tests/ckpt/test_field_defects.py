@@ -330,6 +330,7 @@ def test_19_an_unscaled_fp8_weight_is_accepted_only_by_name(
     assert torch.equal(everything(tmp_path / "out")[name].float(), tensors[name].float())
 
 
+@pytest.mark.slow
 def test_20_giant_tensors_pass_in_pieces(tmp_path: Path) -> None:
     """An Engram table of 91 GiB was materialised in F32 and the run was killed.
 

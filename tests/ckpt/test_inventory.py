@@ -79,6 +79,7 @@ def block_of(name: str) -> str:
 # ---- totals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("release", "num_tensors", "num_bytes"),
     [

@@ -462,6 +462,7 @@ def bf16_layout(document: dict[str, Any], release: str, namespace: Namespace) ->
     return inventory.lay_out(logicals, family.table, Storage.BF16, namespace)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["tiny", "released"])
 @pytest.mark.parametrize("release", ["flash", "pro", "flash-base", "flash-0731", "pro-0813"])
 def test_transformers_layout_is_the_state_dict_of_its_model(release: str, size: str, tmp_path: Path) -> None:

@@ -421,6 +421,7 @@ def test_plan_from_fused_fp4_experts_takes_rows_of_codes_and_scales(tmp_path: Pa
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_plan_of_the_real_flash_has_the_size_that_follows_from_the_published_census(tmp_path: Path) -> None:
     found = surveyed(shipped_config("flash"), "flash", Storage.FP4_FP8, Namespace.DEEPSEEK, tmp_path)
     made = make_plan(found, ConvertOptions(namespace=Namespace.TRANSFORMERS))

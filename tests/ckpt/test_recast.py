@@ -671,6 +671,7 @@ def cold_start(mode: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_recasts_and_tables_built_under_flush_to_zero_hold_the_same_bytes() -> None:
     plain = cold_start("plain")
     assert len(plain) == 12

@@ -70,6 +70,7 @@ def test_bf16_and_back_gives_every_file_of_the_release(
     assert not summary.losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", ALL)
 def test_bf16_and_back_with_the_release_at_hand_needs_no_sidecar(
     sample_of: Callable[[str], Path], tmp_path: Path, release: str
@@ -92,6 +93,7 @@ ACROSS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("release", "target"), ACROSS)
 def test_other_formats_and_back_give_every_file_of_the_release(
     sample_of: Callable[[str], Path], tmp_path: Path, release: str, target: Target
@@ -101,6 +103,7 @@ def test_other_formats_and_back_give_every_file_of_the_release(
     assert files_of(tmp_path / "back") == files_of(sample_of(release))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", ["flash", "flash-0731", "v4.1-flash"])
 def test_every_chain_of_formats_ends_in_the_release(
     sample_of: Callable[[str], Path], tmp_path: Path, release: str
@@ -403,6 +406,7 @@ def test_draft_stages_that_a_trainer_dropped_come_back_from_the_release(
     assert files_of(tmp_path / "back") == files_of(sample_of(release))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [Target.BF16, *TARGETS])
 @pytest.mark.parametrize("release", ["flash", "v4.1-flash"])
 def test_tensors_of_many_pieces_come_back(
@@ -443,6 +447,7 @@ def test_only_the_changed_pieces_of_a_tensor_are_quantized(
     assert before[: 128 * 64] == after[: 128 * 64] and before != after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [Target.FP8, Target.FP8_F32SCALE, Target.NATIVE])
 @pytest.mark.parametrize("release", ["flash", "flash-base", "v4.1-flash"])
 def test_quantized_formats_under_transformers_names_come_back(

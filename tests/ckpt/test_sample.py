@@ -367,6 +367,7 @@ def of_50_mb(release: str) -> sample.Sample:
     return plan_sample(SampleOptions(release=release, target_bytes=50_000_000))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", RELEASES)
 def test_target_size_is_met_within_a_tenth(release: str) -> None:
     assert of_50_mb(release).total_bytes == pytest.approx(50_000_000, rel=0.10)

@@ -410,6 +410,7 @@ def test_distance_counts_steps_between_patterns(
 # ---- values: outputs that are right
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("namespace", Namespace)
 @pytest.mark.parametrize("release", RELEASES)
 def test_values_every_release_converted_has_the_same_values(

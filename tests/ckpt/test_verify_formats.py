@@ -195,6 +195,7 @@ def test_inspect_finds_no_deviation_in_any_format(storage: Storage, made: Made) 
     assert (found.identity.storage, found.deviations, found.checkpoint.problems) == (storage, [], [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("b", REMAKES)
 @pytest.mark.parametrize("a", REMAKES)
 def test_values_of_every_format_equal_those_of_every_other(a: Storage, b: Storage, made: Made) -> None:

@@ -90,6 +90,7 @@ def test_help_inspect_and_dry_run_import_no_torch(tmp_path: Path) -> None:
         assert done.returncode == 0, (arguments, done.stdout, done.stderr)
 
 
+@pytest.mark.slow
 def test_json_is_one_document_on_stdout_and_words_go_to_stderr(tmp_path: Path) -> None:
     src, out = str(tmp_path / "src"), str(tmp_path / "out")
     for arguments in (

@@ -49,6 +49,7 @@ def test_native_comes_back_and_verify_proves_whole_files(flash: Path, bf16: Path
     assert "7 of 7 shards identical, config.json identical, index identical" in proof.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["fp8", "fp8-f32scale", "nvfp4", "mxfp4-ct"])
 def test_other_formats_are_known_to_inspect_and_verify(flash: Path, tmp_path: Path, target: str) -> None:
     out = tmp_path / "out"
@@ -59,6 +60,7 @@ def test_other_formats_are_known_to_inspect_and_verify(flash: Path, tmp_path: Pa
     assert dsv4("verify", out).returncode == 0
 
 
+@pytest.mark.slow
 def test_vanishing_change_is_refused_then_finished_with_a_report(
     flash: Path, tuned: Path, tmp_path: Path
 ) -> None:
@@ -72,6 +74,7 @@ def test_vanishing_change_is_refused_then_finished_with_a_report(
     assert "was complete already" not in allowed.stdout
 
 
+@pytest.mark.slow
 def test_json_holds_every_quantized_tensor(flash: Path, tuned: Path, tmp_path: Path) -> None:
     arguments = ["--to", "native", "--source", flash, "--allow-lossy", "--json"]
     document = json.loads(dsv4("convert", tuned, tmp_path / "out", *arguments).stdout)
@@ -81,6 +84,7 @@ def test_json_holds_every_quantized_tensor(flash: Path, tuned: Path, tmp_path: P
     assert (document["untouched"], document["changed"]) == (252, 1)
 
 
+@pytest.mark.slow
 def test_loss_without_the_release_at_hand_is_refused_and_leaves_nothing(tuned: Path, tmp_path: Path) -> None:
     done = dsv4("convert", tuned, tmp_path / "out", "--to", "native")
     assert done.returncode == 3
@@ -88,6 +92,7 @@ def test_loss_without_the_release_at_hand_is_refused_and_leaves_nothing(tuned: P
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_edited_conversion_needs_a_word(bf16: Path, tuned: Path, flash: Path, tmp_path: Path) -> None:
     shutil.copy(bf16 / "dsv4.manifest.json", tuned / "dsv4.manifest.json")
     command = ["convert", tuned, tmp_path / "out", "--to", "native", "--source", flash, "--allow-lossy"]

@@ -34,6 +34,7 @@ def bf16(flash: Path) -> Path:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", RELEASES)
 def test_first_round_sample_inspect_convert_verify(release: str, tmp_path: Path) -> None:
     src, out = tmp_path / "a directory with blanks", tmp_path / "out"
@@ -106,6 +107,7 @@ def test_inspect_glob_selects_tensors(flash: Path) -> None:
     assert all(name.startswith("layers.2.attn.indexer.") for name in listed)
 
 
+@pytest.mark.slow
 def test_dry_run_writes_nothing_and_says_what_would_be(flash: Path, tmp_path: Path) -> None:
     done = dsv4(
         "convert", flash, tmp_path / "out", "--to", "bf16", "--layers", "0-1", "--mtp", "drop", "--dry-run"
@@ -123,6 +125,7 @@ def test_dry_run_writes_nothing_and_says_what_would_be(flash: Path, tmp_path: Pa
             assert (tmp_path / "out" / name).stat().st_size == int(size.replace(",", ""))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "word"),
     [
@@ -179,6 +182,7 @@ def test_error_with_json_is_a_document(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["error"]["class"] == "MissingFile"
 
 
+@pytest.mark.slow
 def test_verify_finds_a_flipped_bit_and_exits_1(flash: Path, bf16: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     subprocess.run(["cp", "-r", str(bf16), str(out)], check=True)
@@ -195,6 +199,7 @@ def test_verify_finds_a_flipped_bit_and_exits_1(flash: Path, bf16: Path, tmp_pat
     assert "layers.1." in by_value.stdout
 
 
+@pytest.mark.slow
 def test_verify_subset_and_tensor_look_at_less(flash: Path, bf16: Path) -> None:
     whole = json.loads(dsv4("verify", flash, bf16, "--json").stdout)["values"]["counts"]
     part = json.loads(dsv4("verify", flash, bf16, "--subset", "1/4", "--json").stdout)["values"]["counts"]
@@ -204,6 +209,7 @@ def test_verify_subset_and_tensor_look_at_less(flash: Path, bf16: Path) -> None:
     assert sum(one.values()) == one["same values"] == 1
 
 
+@pytest.mark.slow
 def test_quiet_says_nothing(flash: Path, tmp_path: Path) -> None:
     done = dsv4("convert", flash, tmp_path / "out", "--to", "bf16", "-q")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -222,6 +228,7 @@ def _started(flash: Path, out: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_leaves_finished_shards_and_the_same_command_continues(
     number: int, code: int, tmp_path: Path, large: Path
@@ -256,6 +263,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_second_process_on_one_output_is_turned_away(large: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = _started(large, out)

@@ -136,7 +136,7 @@ MUTANTS = (
         "dsv4ckpt/source.py",
         "        if first.shard != name:\n",
         "        if False:\n",
-        "tests/ckpt/test_survey.py second_shard",
+        "tests/ckpt/test_conservation.py fifteenth",
     ),
     Mutant(
         "index and headers agree",
