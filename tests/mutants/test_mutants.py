@@ -119,9 +119,9 @@ MUTANTS = (
     Mutant(
         "files are listed in order",
         "dsv4ckpt/run.py",
-        "for _, receipt in sorted(out.finished.items()))",
-        "for receipt in out.finished.values())",
-        f"{CONVERT} number_of_workers",
+        "in sorted(order | (out.finished",
+        "in list(order | (out.finished",
+        "tests/ckpt/test_determinism.py any_interpreter",
     ),
     # ---- every tensor once
     Mutant(
@@ -227,9 +227,9 @@ MUTANTS = (
     ),
     Mutant(
         "modes follow the umask",
-        "dsv4ckpt/sink.py",
-        "os.open(path, flags, 0o666), False",
-        "os.open(path, flags, 0o600), False",
+        "dsv4ckpt/outdir.py",
+        "os.O_EXCL | os.O_CLOEXEC, 0o666)",
+        "os.O_EXCL | os.O_CLOEXEC, 0o600)",
         f"{OUTDIR} umask",
     ),
     # ---- anyone can verify
