@@ -62,6 +62,28 @@ def open_regular(directory: str, name: str, follow_links: bool, extra_flags: int
     return fd
 
 
+def open_direct(directory: str, name: str, follow_links: bool) -> int | None:
+    """The same, for reading past the page cache; None where the file system cannot. raises UnsafePath, OSError"""
+    try:
+        return open_regular(directory, name, follow_links, getattr(os, "O_DIRECT", 0))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return None
+
+
+@contextlib.contextmanager
+def opened_direct(directory: str, name: str, follow_links: bool) -> Iterator[int | None]:
+    """As `opened`, for reading past the page cache; None where the file system cannot."""
+    with io_errors(name):
+        fd = open_direct(directory, name, follow_links)
+        try:
+            yield fd
+        finally:
+            if fd is not None:
+                os.close(fd)
+
+
 def _irregular(name: str) -> UnsafePath:
     return UnsafePath("this is no regular file", file=name, do="remove it from the checkpoint")
 

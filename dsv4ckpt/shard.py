@@ -7,6 +7,7 @@ Source: safetensors format (README and 0.8.0); rules H1-H14 are numbered where t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
@@ -223,3 +224,18 @@ def read_into(fd: int, view: memoryview, offset: int, file: str) -> None:
                 do="leave the source alone while a command reads it, then start again",
             )
         done += got
+
+
+def read_direct(fd: int | None, memory: memoryview, offset: int) -> int:
+    """Read past the page cache into aligned memory, from an aligned offset.
+
+    returns  how many bytes came; the others, if the file has them, are to be read in the ordinary way
+    """
+    if fd is None:
+        return 0
+    try:
+        return os.preadv(fd, [memory], offset)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a device with larger blocks
+            raise
+        return 0

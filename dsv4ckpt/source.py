@@ -8,7 +8,6 @@ Rules I1-I6 are numbered where they are enforced.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
 import mmap
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from . import config as configs
 from . import formats, probe, shard, strictjson
-from .contained import io_errors, open_regular, opened
+from .contained import io_errors, open_direct, open_regular, opened
 from .errors import BadConfig, BadIndex, Environment, MissingFile, SourceChanged, UnsafePath, printable
 from .formats import CONFIG_NAME, INDEX_NAME, OUR_NAMES, SIDECAR_NAME
 from .release import Seen
@@ -200,7 +199,7 @@ class Reader:
             begin = place.entry.begin + offset
             into = begin % _PAGE
             room = landing.take(-(-(into + size) // _PAGE) * _PAGE)
-            got = os.preadv(fd, [room[: -(-(into + size) // _PAGE) * _PAGE]], begin - into)
+            got = shard.read_direct(fd, room[: -(-(into + size) // _PAGE) * _PAGE], begin - into)
             view = room[into : into + size]
             done = max(0, min(size, got - into))
             if done < size:  # rare: the rest by ordinary reads, which know the end of the file
@@ -244,16 +243,10 @@ class Reader:
 
     def _direct_fd(self, name: str) -> int | None:
         if name not in self._direct_fds:
-            self._direct_fds[name] = None
-            try:
-                directory, follow_links = self._checkpoint.directory, self._checkpoint.follow_links
-                fd = open_regular(directory, name, follow_links, getattr(os, "O_DIRECT", 0))
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                return None
+            fd = open_direct(self._checkpoint.directory, name, self._checkpoint.follow_links)
             self._direct_fds[name] = fd
-            _require_same(self._checkpoint.shards[name], os.fstat(fd))
+            if fd is not None:
+                _require_same(self._checkpoint.shards[name], os.fstat(fd))
         return self._direct_fds[name]
 
     def _fd(self, name: str) -> int:

@@ -8,8 +8,6 @@ that no mistake there can hide.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
-import errno
 import hashlib
 import mmap
 import os
@@ -360,43 +358,15 @@ def hash_file(digest: Digest, directory: str, name: str, size: int, follow_links
     memory = memoryview(mmap.mmap(-1, _HASH_BYTES))  # direct reads need aligned memory
     with (
         contained.opened(directory, name, follow_links) as fd,
-        _opened_direct(directory, name, follow_links) as direct_fd,
+        contained.opened_direct(directory, name, follow_links) as direct_fd,
     ):
         for offset in range(0, size, _HASH_BYTES):
             view = memory[: size - offset]
-            done = _read_direct(direct_fd, memory, offset)
+            done = shard.read_direct(direct_fd, memory, offset)
             shard.read_into(fd, view[done:], offset + done, name)
             digest.update(view)
             watch.read(len(view))
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _opened_direct(directory: str, name: str, follow_links: bool) -> Iterator[int | None]:
-    """The file, open for reading past the page cache; None where the file system cannot."""
-    try:
-        fd = contained.open_regular(directory, name, follow_links, getattr(os, "O_DIRECT", 0))
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        yield None
-        return
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _read_direct(fd: int | None, memory: memoryview, offset: int) -> int:
-    """Fill as much of the memory as there is; 0 where that has to be read in the ordinary way."""
-    if fd is None:
-        return 0
-    try:
-        return os.preadv(fd, [memory], offset)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a device with larger blocks
-            raise
-        return 0
 
 
 def part_of(items: Sequence[_Item], subset: Subset | None) -> list[_Item]:
