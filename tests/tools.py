@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,18 @@ def require_mounts(where: Path) -> None:
             pass
     except OSError as error:
         pytest.skip(f"mounting is not allowed here: {error}")
+
+
+@contextlib.contextmanager
+def roomy(num_bytes: int, otherwise: Path) -> Iterator[Path]:
+    """A directory for large files: in memory if there is so much. Removed at the end."""
+    status = os.statvfs("/dev/shm") if Path("/dev/shm").is_dir() else None
+    in_memory = status is not None and status.f_bavail * status.f_frsize > 4 * num_bytes
+    where = Path(tempfile.mkdtemp(dir="/dev/shm" if in_memory else otherwise))
+    try:
+        yield where
+    finally:
+        shutil.rmtree(where)
 
 
 @contextlib.contextmanager

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tiny
+import tools
 
 from dsv4ckpt import sink, work
 
@@ -45,14 +45,12 @@ def peaks(checkpoint: Path, base: Path) -> dict[str, int]:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, int], dict[str, int]]:
     """Of a checkpoint, and of one that is 20 times as large with the same number of tensors."""
-    base = tmp_path_factory.mktemp("memory")
-    small = tiny.make_sample("flash", base / "small", layers=1, experts=6, **SMALL)
-    large = tiny.make_sample("flash", base / "large", layers=1, experts=6, **LARGE)
-    assert num_bytes(large) > 20 * num_bytes(small)
-    assert num_bytes(small) > 10 * MB
-    found = peaks(small, base / "of small"), peaks(large, base / "of large")
-    shutil.rmtree(base)  # pytest would keep it for a while
-    return found
+    with tools.roomy(1500 * MB, tmp_path_factory.mktemp("memory")) as base:
+        small = tiny.make_sample("flash", base / "small", layers=1, experts=6, **SMALL)
+        large = tiny.make_sample("flash", base / "large", layers=1, experts=6, **LARGE)
+        assert num_bytes(large) > 20 * num_bytes(small)
+        assert num_bytes(small) > 10 * MB
+        return peaks(small, base / "of small"), peaks(large, base / "of large")
 
 
 def test_largest_tensors_outgrow_every_buffer() -> None:

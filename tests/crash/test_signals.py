@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import tools
 import trials
 
 from dsv4ckpt import run, sample
@@ -38,8 +38,8 @@ def in_time(found: dict[str, Any]) -> bool:
 @pytest.fixture
 def large(tmp_path: Path) -> Iterator[Path]:
     """A layer with tensors of 67 MB, which are 134 MB as BF16. Removed at once, with all that was made of it."""
-    yield tiny.make_sample("flash", tmp_path / "large", **LARGE)
-    shutil.rmtree(tmp_path)
+    with tools.roomy(1_300_000_000, tmp_path) as base:
+        yield tiny.make_sample("flash", base / "large", **LARGE)
 
 
 @pytest.mark.slow
