@@ -249,9 +249,10 @@ def test_convert_other_options_into_an_unfinished_directory_is_refused(
 def test_convert_without_room_writes_nothing(
     sample_of: Sample, convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    src = sample_of("flash")  # may be made now, which asks for space as well
     monkeypatch.setattr(outdir, "free_bytes", lambda path: 10_000_000)
     with pytest.raises(NoSpace) as caught:
-        convert(sample_of("flash"), tmp_path / "out")
+        convert(src, tmp_path / "out")
     assert caught.value.exit_code == 4
     assert not (tmp_path / "out").exists()
 

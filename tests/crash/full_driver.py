@@ -23,7 +23,6 @@ from dsv4ckpt import outdir, sample, sink
 from dsv4ckpt.errors import Dsv4Error
 from dsv4ckpt.plan import space_needed
 
-SHARD_BYTES = 60_000
 PAGE = 4096
 PLENTY = ("size=256M", "nr_inodes=10000")
 SMALLEST = {"layers": 1, "hidden": 128, "intermediate": 32, "experts": 6, "heads": 2, "vocab": 512}
@@ -118,7 +117,7 @@ def writer(what: str, src: str) -> tuple[Work, int]:
     if what == "sample":
         planned = sample.plan_sample(sample.SampleOptions(release="flash", **SMALLEST))
         return lambda out: sample.write_sample(planned, str(out)), space_needed(planned.total_bytes)
-    conversion = Conversion(src, what, SHARD_BYTES)
+    conversion = Conversion(src, what)
     return conversion.into, space_needed(conversion.plan.total_bytes)
 
 

@@ -31,7 +31,6 @@ from dsv4ckpt.errors import EXIT_ENVIRONMENT, ForeignOutput
 
 SHUTDOWN, NO_LOG_FLUSH = 0x8004587D, struct.pack("I", 2)  # EXT4_IOC_SHUTDOWN, EXT4_GOING_FLAGS_NOLOGFLUSH
 DISK_BYTES = 64 * 1024 * 1024
-SHARD_BYTES = 60_000
 CUTS_PER_OUTPUT = 2
 MAX_TRIES = 5  # per cut: some come when the work is done
 ENDS = (0, EXIT_ENVIRONMENT, -signal.SIGKILL)  # of a writer whose disk went away
@@ -173,7 +172,7 @@ def careless(disk: Disk, work: Work, expected: dict[str, str], num_cuts: int) ->
 def writer(what: str, src: str) -> Work:
     """what: "sample", or the target of a conversion of `src`"""
     if what != "sample":
-        return Conversion(src, what, SHARD_BYTES).into
+        return Conversion(src, what).into
     planned = sample.plan_sample(sample.SampleOptions(release="flash", **SMALLEST))
 
     def write(out: Path, workers: int) -> None:

@@ -24,21 +24,21 @@ def killed(src: Path, base: Path, num_outputs: int, to: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_run_killed_at_random_leaves_nothing_torn_and_resumes_to_the_same_bytes(
-    flash: Path, tmp_path: Path, often: Often
+    smallest: Path, tmp_path: Path, often: Often
 ) -> None:
     """The sidecar among them: its parts must be there for every shard that is."""
     outputs = often(270, 2300)
-    found = killed(flash, tmp_path, outputs, "bf16")
-    assert found["files"] > 40
+    found = killed(smallest, tmp_path, outputs, "bf16")
+    assert found["files"] > 30
     assert found["kills"] >= 2 * outputs, "too few kills landed to mean anything"
 
 
 @pytest.mark.slow
 def test_way_back_killed_at_random_resumes_to_the_released_bytes(
-    flash: Path, tmp_path: Path, often: Often
+    smallest: Path, tmp_path: Path, often: Often
 ) -> None:
     """Its shards are written out of order."""
-    conversion = trials.Conversion(str(flash))
+    conversion = trials.Conversion(str(smallest))
     conversion.into(tmp_path / "bf16")
     outputs = often(60, 500)
     assert killed(tmp_path / "bf16", tmp_path / "outputs", outputs, "native")["kills"] >= 2 * outputs

@@ -23,7 +23,7 @@ from dsv4ckpt.errors import Dsv4Error
 from dsv4ckpt.formats import MANIFEST_NAME, WORK_NAME, Target
 from dsv4ckpt.plan import ConvertOptions
 
-SHARD_BYTES = 400_000  # many small shards give many moments to die at
+SHARD_BYTES = 60_000  # many small shards give many moments to die at
 CRASHED = 99  # exit code of a child that raised what no error of ours is
 
 
