@@ -48,6 +48,7 @@ def info_of(wheel: Path) -> str:
     return "-".join(wheel.name.split("-")[:2]) + ".dist-info"
 
 
+@pytest.mark.slow
 def test_wheel_holds_exactly_the_three_packages_and_the_release_configs(wheel: Path) -> None:
     expected = {
         f"{package}/{file.relative_to(ROOT / folder)}"
@@ -84,6 +85,7 @@ print(len([release.shipped_config(name) for name in release.RELEASES]))
 """
 
 
+@pytest.mark.slow
 def test_wheel_works_without_the_checkout(unpacked: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-I", "-c", _USE, str(unpacked)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

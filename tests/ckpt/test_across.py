@@ -63,6 +63,7 @@ def same_values(a: Path, b: Path) -> bool:
     return report.ok
 
 
+@pytest.mark.slow
 def test_gap_of_14_in_a_tile_is_recast_and_comes_back(checkpoint: Path, tmp_path: Path) -> None:
     no_zero_blocks(checkpoint, W1)
     set_scales(checkpoint, W1, 120, {0: 120 - 14})
@@ -86,6 +87,7 @@ def test_gap_of_15_is_refused_with_tensor_and_tile_before_anything_is_written(
         assert not (tmp_path / "fp8").exists()
 
 
+@pytest.mark.slow
 def test_gap_of_15_is_counted_when_it_is_allowed(checkpoint: Path, tmp_path: Path) -> None:
     """At a gap of 15 the values 0.5 and 1.5 are lost, no others."""
     edit(checkpoint, f"{W1}.weight", lambda data: data.__setitem__(slice(0, 16), bytes([0x31] * 16)))
@@ -98,6 +100,7 @@ def test_gap_of_15_is_counted_when_it_is_allowed(checkpoint: Path, tmp_path: Pat
     assert apart is not None and apart.num_values == 32
 
 
+@pytest.mark.slow
 def test_blocks_of_zeros_do_not_count(checkpoint: Path, tmp_path: Path) -> None:
     """DeepSeek's quantizer gives them scale byte 1, far below every other."""
     no_zero_blocks(checkpoint, W1)
@@ -110,6 +113,7 @@ def test_blocks_of_zeros_do_not_count(checkpoint: Path, tmp_path: Path) -> None:
         assert files_of(tmp_path / f"{target} back") == files_of(checkpoint)
 
 
+@pytest.mark.slow
 def test_nvfp4_holds_a_gap_of_17_over_both_matrices_and_no_more(checkpoint: Path, tmp_path: Path) -> None:
     for matrix in (W1, W3):
         no_zero_blocks(checkpoint, matrix)
@@ -126,6 +130,7 @@ def test_nvfp4_holds_a_gap_of_17_over_both_matrices_and_no_more(checkpoint: Path
     assert not (tmp_path / "more").exists()
 
 
+@pytest.mark.slow
 def test_nvfp4_keeps_every_nibble_and_shares_scale_2_of_w1_and_w3(checkpoint: Path, tmp_path: Path) -> None:
     set_scales(checkpoint, W1, 118)
     set_scales(checkpoint, W3, 121)
@@ -144,6 +149,7 @@ def test_nvfp4_keeps_every_nibble_and_shares_scale_2_of_w1_and_w3(checkpoint: Pa
     assert document["quantization"]["exclude_modules"]
 
 
+@pytest.mark.slow
 def test_input_scales_come_from_the_file(checkpoint: Path, tmp_path: Path) -> None:
     names = [name for name in tensors_of(checkpoint) if name.startswith("layers.") and ".experts." in name]
     scales = {
@@ -182,6 +188,7 @@ def test_compressed_tensors_is_a_relabel_of_bytes(flash: Path, tmp_path: Path) -
             assert after[name + "_scale"].dtype == "F32"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [0.75, 3.0, 0.0, -1.0])
 def test_f32_scale_that_is_no_power_of_two_does_not_become_e8m0(
     sample_of: Callable[[str], Path], tmp_path: Path, bad: float
@@ -265,6 +272,7 @@ def test_adversarial_fp4_blocks_from_end_to_end(
     assert files_of(tmp_path / "back") == files_of(checkpoint)
 
 
+@pytest.mark.slow
 def test_tiles_whose_largest_code_is_224_and_odd_subnormals_come_back(flash: Path, tmp_path: Path) -> None:
     """A fresh quantizer would halve the first tile's scale and double its codes."""
     checkpoint = tiny.copy_of(flash, tmp_path / "checkpoint")
@@ -279,6 +287,7 @@ def test_tiles_whose_largest_code_is_224_and_odd_subnormals_come_back(flash: Pat
     assert files_of(tmp_path / "back") == files_of(checkpoint)
 
 
+@pytest.mark.slow
 def test_weight_and_scale_in_different_shards_come_back(flash: Path, tmp_path: Path) -> None:
     checkpoint = tiny.copy_of(flash, tmp_path / "checkpoint")
     moved: dict[str, tiny.Tensor] = {}
@@ -302,6 +311,7 @@ def without_scales(flash: Path, target: Path) -> Path:
     return checkpoint
 
 
+@pytest.mark.slow
 def test_fp8_weight_without_scales_comes_back_without_scales(flash: Path, tmp_path: Path) -> None:
     checkpoint = without_scales(flash, tmp_path / "checkpoint")
     convert(checkpoint, tmp_path / "bf16", Target.BF16, unit_scales=frozenset({f"{DENSE}.weight"}))
@@ -309,6 +319,7 @@ def test_fp8_weight_without_scales_comes_back_without_scales(flash: Path, tmp_pa
     assert files_of(tmp_path / "back") == files_of(checkpoint)
 
 
+@pytest.mark.slow
 def test_header_with_metadata_padding_and_another_order_comes_back(flash: Path, tmp_path: Path) -> None:
     """The file's own bytes, not our way of writing them."""
     checkpoint = tiny.copy_of(flash, tmp_path / "checkpoint")
@@ -322,6 +333,7 @@ def test_header_with_metadata_padding_and_another_order_comes_back(flash: Path, 
     assert files_of(tmp_path / "back") == files_of(checkpoint)
 
 
+@pytest.mark.slow
 def test_bf16_without_any_memory_still_gets_every_value(flash: Path, tmp_path: Path) -> None:
     """No sidecar, no source: grid inference. Values are the same, and only a few scales may differ."""
     for namespace in Namespace:
@@ -334,6 +346,7 @@ def test_bf16_without_any_memory_still_gets_every_value(flash: Path, tmp_path: P
         assert document == json.loads((flash / "config.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [Target.FP8, Target.FP8_F32SCALE, Target.NVFP4, Target.MXFP4_CT])
 def test_bf16_into_any_format_keeps_values(flash: Path, tmp_path: Path, target: Target) -> None:
     convert(flash, tmp_path / "bf16", Target.BF16)
@@ -343,6 +356,7 @@ def test_bf16_into_any_format_keeps_values(flash: Path, tmp_path: Path, target: 
     assert verify.verify_bytes(str(tmp_path / "out")).ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
 def test_number_of_workers_and_resuming_change_no_byte(flash: Path, tmp_path: Path, workers: int) -> None:
     from dsv4ckpt import original, plan, run, sidecar, source, survey
@@ -360,6 +374,7 @@ def test_number_of_workers_and_resuming_change_no_byte(flash: Path, tmp_path: Pa
             assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_sidecar_does_not_end_as_loaders_expect_and_is_listed_in_the_manifest(
     flash: Path, tmp_path: Path
 ) -> None:
@@ -370,6 +385,7 @@ def test_sidecar_does_not_end_as_loaders_expect_and_is_listed_in_the_manifest(
     assert not (tmp_path / "bf16" / formats.WORK_NAME).exists()
 
 
+@pytest.mark.slow
 def test_run_that_lost_a_part_of_its_sidecar_makes_that_shard_again(flash: Path, tmp_path: Path) -> None:
     from dsv4ckpt import outdir
 
@@ -401,6 +417,7 @@ def test_selection_of_layers_leaves_no_sidecar(flash: Path, tmp_path: Path) -> N
     assert not (tmp_path / "two" / SIDECAR_NAME).exists()
 
 
+@pytest.mark.slow
 def test_single_file_without_an_index_comes_back_without_one(flash: Path, tmp_path: Path) -> None:
     checkpoint = tiny.copy_of(flash, tmp_path / "checkpoint")
     together = tensors_of(checkpoint)
@@ -413,6 +430,7 @@ def test_single_file_without_an_index_comes_back_without_one(flash: Path, tmp_pa
     assert files_of(tmp_path / "back") == files_of(checkpoint)
 
 
+@pytest.mark.slow
 def test_config_that_lacks_the_quantization_comes_back_as_it_was(flash: Path, tmp_path: Path) -> None:
     """Launch configs have no expert_dtype; somebody's may lack more. The stored bytes are what is restored."""
     checkpoint = tiny.copy_of(flash, tmp_path / "checkpoint")
@@ -425,6 +443,7 @@ def test_config_that_lacks_the_quantization_comes_back_as_it_was(flash: Path, tm
     assert files_of(tmp_path / "back") == files_of(checkpoint)
 
 
+@pytest.mark.slow
 def test_config_edited_by_a_trainer_keeps_its_keys_and_gets_the_quantization_back(
     flash: Path, tmp_path: Path
 ) -> None:
@@ -439,6 +458,7 @@ def test_config_edited_by_a_trainer_keeps_its_keys_and_gets_the_quantization_bac
     assert document == {**released, "rope_theta": 20000, "note": "tuned"}
 
 
+@pytest.mark.slow
 def test_changed_matrix_that_the_release_has_without_scales_is_quantized_without_scales(
     flash: Path, tmp_path: Path
 ) -> None:
@@ -459,6 +479,7 @@ def test_changed_matrix_that_the_release_has_without_scales_is_quantized_without
     assert float((one - two).norm() / one.norm()) < 0.05
 
 
+@pytest.mark.slow
 def test_nan_that_was_allowed_comes_back_as_it_was(flash: Path, tmp_path: Path) -> None:
     """The sign and payload of a NaN code, and a NaN scale, are nothing that BF16 values tell."""
     checkpoint = tiny.copy_of(flash, tmp_path / "checkpoint")

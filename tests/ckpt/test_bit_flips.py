@@ -129,6 +129,7 @@ def test_sha256sum_finds_each_of_a_thousand_flipped_bits_by_the_list_in_the_outp
     assert missed(wrong_sums, out, converted, iter(some)) == []
 
 
+@pytest.mark.slow
 def test_verify_and_sha256sum_find_a_few_flipped_bits(out: Path, converted: Path) -> None:
     """The quick version, for while one edits."""
     tools.require("sha256sum")
@@ -226,6 +227,7 @@ def flipped(value: int | str) -> int | str:
     return first + value[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["file", "size", "sha256"])
 def test_verify_finds_a_flip_in_what_the_manifest_says_of_any_file(field: str, out: Path) -> None:
     """Through the whole of verify, one file after the other."""

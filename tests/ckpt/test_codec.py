@@ -587,6 +587,7 @@ def test_bf16_bits_of_every_tie_goes_to_even_and_its_neighbours_to_the_nearer(si
     assert np.array_equal(bits_of(np.nextafter(middle, away)), sign | below + 1)
 
 
+@pytest.mark.slow
 def test_bf16_bits_of_100000_random_bit_patterns_equal_exact_rounding() -> None:
     generator = random.Random(4)
     words = [generator.getrandbits(64) for _ in range(40_000)]
@@ -668,6 +669,7 @@ def digest(expected: np.ndarray) -> str:
     return hashlib.sha256(expected.astype(np.uint16).tobytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_tables_built_under_flush_to_zero_hold_the_same_values() -> None:
     fp4, fp8 = cold_start_under_flush()
     pair = np.arange(256)

@@ -53,6 +53,7 @@ def bf16(values: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", RELEASES)
 def test_convert_every_release_equals_a_float64_decode_by_numpy(
     release: str, sample_of: Sample, convert: Convert, tmp_path: Path
@@ -78,6 +79,7 @@ def test_convert_every_release_equals_a_float64_decode_by_numpy(
     assert len(made) == sum(not name.endswith(".scale") for name in stored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("namespace", list(Namespace))
 @pytest.mark.parametrize("release", RELEASES)
 def test_convert_output_conforms_to_its_own_inventory(
@@ -91,6 +93,7 @@ def test_convert_output_conforms_to_its_own_inventory(
     assert found.identity == (found.identity.__class__)(RELEASES[release], Storage.BF16, namespace)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", ["flash", "flash-base", "flash-0731", "v4.1-flash"])
 def test_convert_to_transformers_names_and_back_gives_the_same_shards(
     release: str, sample_of: Sample, convert: Convert, tree_of: Tree, tmp_path: Path
@@ -118,6 +121,7 @@ def test_convert_any_number_of_workers_gives_the_same_bytes(
     assert trees[0] == trees[1] == trees[2] == trees[3]
 
 
+@pytest.mark.slow
 def test_convert_buffered_io_gives_the_same_bytes_as_direct_io(
     sample_of: Sample, convert: Convert, tree_of: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +131,7 @@ def test_convert_buffered_io_gives_the_same_bytes_as_direct_io(
     assert tree_of(tmp_path / "direct") == tree_of(tmp_path / "buffered")
 
 
+@pytest.mark.slow
 def test_convert_copy_of_the_source_elsewhere_gives_the_same_bytes(
     sample_of: Sample, convert: Convert, tree_of: Tree, tmp_path: Path
 ) -> None:
@@ -136,6 +141,7 @@ def test_convert_copy_of_the_source_elsewhere_gives_the_same_bytes(
     assert tree_of(tmp_path / "a") == tree_of(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_convert_small_shards_split_layers_and_leave_large_tensors_alone(
     sample_of: Sample, convert: Convert, tmp_path: Path
 ) -> None:
@@ -166,6 +172,7 @@ class Stopper:
                 self.stop.signal_number = 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 40, 120, 200, 250])
 def test_convert_stopped_anywhere_continues_to_the_same_bytes(
     after: int, sample_of: Sample, convert: Convert, tree_of: Tree, tmp_path: Path
@@ -186,6 +193,7 @@ def test_convert_stopped_anywhere_continues_to_the_same_bytes(
     assert tree_of(tmp_path / "whole") == tree_of(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_convert_complete_output_is_not_written_again(
     sample_of: Sample, convert: Convert, tmp_path: Path
 ) -> None:
@@ -196,6 +204,7 @@ def test_convert_complete_output_is_not_written_again(
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")}
 
 
+@pytest.mark.slow
 def test_convert_finished_output_whose_manifest_lists_no_files_is_not_taken_for_complete(
     sample_of: Sample, convert: Convert, tmp_path: Path
 ) -> None:
@@ -208,6 +217,7 @@ def test_convert_finished_output_whose_manifest_lists_no_files_is_not_taken_for_
         convert(sample_of("flash"), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_convert_killed_after_its_manifest_is_tidied_up_by_the_next_run(
     sample_of: Sample, convert: Convert, tree_of: Tree, tmp_path: Path
 ) -> None:
@@ -223,6 +233,7 @@ def test_convert_killed_after_its_manifest_is_tidied_up_by_the_next_run(
     assert tree_of(tmp_path / "out") == whole
 
 
+@pytest.mark.slow
 def test_convert_other_options_into_a_used_directory_is_refused(
     sample_of: Sample, convert: Convert, tree_of: Tree, tmp_path: Path
 ) -> None:
@@ -280,6 +291,7 @@ def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_convert_another_source_with_equal_headers_is_not_taken_for_complete(
     sample_of: Sample, twin: Path, convert: Convert, tmp_path: Path
 ) -> None:
@@ -323,6 +335,7 @@ def poke(row: int, col: int, byte: int) -> Callable[[torch.Tensor], None]:
     return change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "stored", "where", "byte", "found"),
     [
@@ -381,6 +394,7 @@ def test_convert_nan_or_infinity_is_refused_by_name_and_place(
     assert summary.num_not_finite > 0
 
 
+@pytest.mark.slow
 def test_convert_f32_scale_that_is_no_power_of_two_is_rounded_once_and_counted(
     sample_of: Sample, convert: Convert, tmp_path: Path
 ) -> None:
@@ -406,6 +420,7 @@ def test_convert_f32_scale_that_is_no_power_of_two_is_rounded_once_and_counted(
 # ---- smaller models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", ["flash", "pro", "flash-0731", "vision-exp", "v4.1-flash"])
 @pytest.mark.parametrize("keep_mtp", [True, False])
 def test_convert_layer_subset_conforms(
@@ -428,6 +443,7 @@ def test_convert_layer_subset_conforms(
     assert dropped == expected
 
 
+@pytest.mark.slow
 def test_convert_leaves_a_list_that_sha256sum_checks(
     checkpoint: Path, tmp_path: Path, convert: Convert
 ) -> None:
@@ -482,6 +498,7 @@ def test_convert_output_loads_strictly_in_transformers_with_equal_logits(
         assert AutoTokenizer.from_pretrained(directory).decode([3, 40]) != ""
 
 
+@pytest.mark.slow
 def test_convert_layer_subset_runs_in_transformers_like_the_first_layers(
     sample_of: Sample, convert: Convert, tmp_path: Path
 ) -> None:
@@ -506,6 +523,7 @@ def test_convert_layer_subset_runs_in_transformers_like_the_first_layers(
     assert torch.isfinite(logits).all()
 
 
+@pytest.mark.slow
 def test_convert_checkpoint_without_its_draft_stages_is_refused_until_the_config_says_so(
     sample_of: Sample, convert: Convert, tmp_path: Path
 ) -> None:

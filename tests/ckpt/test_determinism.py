@@ -414,6 +414,7 @@ REMEMBER = {
 }  # the index as it stood, and what hashes that
 
 
+@pytest.mark.slow
 def test_order_of_the_index_changes_only_what_remembers_the_index(
     smallest: Path, tmp_path: Path, convert: Callable[..., object], tree_of: Callable[[Path], dict[str, str]]
 ) -> None:

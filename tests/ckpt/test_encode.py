@@ -746,6 +746,8 @@ if sys.argv[1] == "flush":
 from dsv4ckpt import encode
 from dsv4ckpt.formats import Block
 import hashlib
+
+pytestmark = pytest.mark.slow  # exhaustive arithmetic, in many small pieces
 patterns = torch.cat([torch.arange(0x7F80), torch.arange(0x8000, 0xFF80)]).to(torch.int32).to(torch.int16)
 values = patterns.view(torch.bfloat16).view(-1, 32)
 digest = hashlib.sha256()
@@ -768,7 +770,6 @@ print(digest.hexdigest())
 """
 
 
-@pytest.mark.slow
 def test_nothing_depends_on_flush_to_zero() -> None:
     printed = []
     for mode in ("flush", "gradual"):

@@ -53,6 +53,7 @@ def only_weights(directory: Path) -> dict[str, torch.Tensor]:
     return {name: value.view(-1).view(torch.uint8) for name, value in everything(directory).items()}
 
 
+@pytest.mark.slow
 def test_1_packed_int8_experts_are_not_read_as_fp8(
     sample_of: Sample, convert: Convert, tmp_path: Path
 ) -> None:
@@ -68,6 +69,7 @@ def test_1_packed_int8_experts_are_not_read_as_fp8(
     assert set((blocks / scale[..., None])[nonzero].abs().unique().tolist()) <= {0, 0.5, 1, 1.5, 2, 3, 4, 6}
 
 
+@pytest.mark.slow
 def test_2_v41_tiles_of_32_are_not_read_as_128(sample_of: Sample, convert: Convert, tmp_path: Path) -> None:
     """llama.cpp, vLLM Quark: a hard-coded 128 gives fluent garbage."""
     convert(sample_of("v4.1-flash"), tmp_path / "out")
@@ -86,6 +88,7 @@ def test_3_e8m0_bytes_are_exponents_not_numbers() -> None:
     assert codec.decode_fp8(one, scale, release.QUANTS[Storage.FP8]["dense"].block).values.item() == 2.0**-7
 
 
+@pytest.mark.slow
 def test_4_tid2eid_never_passes_through_a_float(sample_of: Sample, convert: Convert, tmp_path: Path) -> None:
     """MaxText cast the hash table to BF16: ids above 256 would be rounded."""
     src = tmp_path / "src"
@@ -101,6 +104,7 @@ def test_4_tid2eid_never_passes_through_a_float(sample_of: Sample, convert: Conv
     assert made[3, 2] == odd
 
 
+@pytest.mark.slow
 def test_5_f32_tensors_stay_f32(sample_of: Sample, convert: Convert, tmp_path: Path) -> None:
     """MaxText, GPTQModel: sinks, ape, hyper-connections and the router bias were rounded to BF16."""
     convert(sample_of("flash-0731"), tmp_path / "out")
@@ -120,6 +124,7 @@ def test_9_e8m0_byte_0_is_2_to_the_minus_127_not_0() -> None:
     assert values.double().tolist() == [[2.0**-127, 2.0**-127]]
 
 
+@pytest.mark.slow
 def test_6_negative_zeros_survive_every_format(sample_of: Sample, convert: Convert, tmp_path: Path) -> None:
     """Six peers lose them: tables with +0.0 at code 8, `x < 0` for the sign, modelopt's NVFP4 export."""
     name = "layers.1.ffn.experts.0.w1.weight"
@@ -163,6 +168,7 @@ def test_10_a_gap_beyond_14_is_never_silent(sample_of: Sample, convert: Convert,
         convert(tmp_path / "src", tmp_path / "out", target=Target.FP8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", Target)
 def test_11_index_has_the_right_total_and_shards_say_format_pt(
     target: Target, sample_of: Sample, convert: Convert, tmp_path: Path
@@ -176,6 +182,7 @@ def test_11_index_has_the_right_total_and_shards_say_format_pt(
             assert opened.metadata() == {"format": "pt"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flash", "flash-base", "v4.1-flash"])
 def test_12_bf16_config_claims_no_quantization(
     name: str, sample_of: Sample, convert: Convert, tmp_path: Path
@@ -199,6 +206,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", FOREIGN)
 def test_12_no_key_of_another_format_is_left_in_a_config(
     target: Target, sample_of: Sample, convert: Convert, tmp_path: Path
@@ -211,6 +219,7 @@ def test_12_no_key_of_another_format_is_left_in_a_config(
     assert not (tmp_path / "out" / "hf_quant_config.json").exists()
 
 
+@pytest.mark.slow
 def test_14_renaming_back_is_no_regex_that_hits_a_substring(
     sample_of: Sample, convert: Convert, tmp_path: Path
 ) -> None:
@@ -220,6 +229,7 @@ def test_14_renaming_back_is_no_regex_that_hits_a_substring(
     assert everything(tmp_path / "back").keys() == everything(sample_of("flash")).keys()
 
 
+@pytest.mark.slow
 def test_13_hc_scales_are_parameters_not_block_scales(
     sample_of: Sample, convert: Convert, tmp_path: Path
 ) -> None:
@@ -231,6 +241,7 @@ def test_13_hc_scales_are_parameters_not_block_scales(
     assert not [name for name in made if name.endswith(".scale")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flash", "flash-base", "flash-0731", "vision-exp", "v4.1-flash"])
 def test_15_mtp_of_every_kind_is_kept(name: str, sample_of: Sample, convert: Convert, tmp_path: Path) -> None:
     """transformers, VeOmni and others drop mtp.* or start it at random."""
@@ -242,6 +253,7 @@ def test_15_mtp_of_every_kind_is_kept(name: str, sample_of: Sample, convert: Con
     assert wanted == {key for key in everything(tmp_path / "out") if key.startswith("mtp.")}
 
 
+@pytest.mark.slow
 def test_16_a_shard_that_holds_only_scales_is_fine(
     sample_of: Sample, convert: Convert, tmp_path: Path
 ) -> None:
@@ -257,6 +269,7 @@ def test_16_a_shard_that_holds_only_scales_is_fine(
     assert all(torch.equal(usual[name], other[name]) for name in usual)
 
 
+@pytest.mark.slow
 def test_17_weight_and_scale_in_different_shards_are_joined(
     sample_of: Sample, convert: Convert, tmp_path: Path
 ) -> None:
@@ -273,6 +286,7 @@ def test_17_weight_and_scale_in_different_shards_are_joined(
         assert all(torch.equal(usual[name], other[name]) for name in usual)
 
 
+@pytest.mark.slow
 def test_18_a_name_with_weight_in_the_middle_finds_its_own_row(
     sample_of: Sample, convert: Convert, tmp_path: Path
 ) -> None:
@@ -284,6 +298,7 @@ def test_18_a_name_with_weight_in_the_middle_finds_its_own_row(
     assert torch.equal(made, everything(sample_of("flash"))["layers.2.attn.indexer.weights_proj.weight"])
 
 
+@pytest.mark.slow
 def test_19_a_tensor_too_many_or_too_few_is_an_error(
     sample_of: Sample, convert: Convert, tmp_path: Path
 ) -> None:
@@ -315,6 +330,7 @@ def test_19_a_tensor_too_many_or_too_few_is_an_error(
         convert(src, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_19_an_unscaled_fp8_weight_is_accepted_only_by_name(
     sample_of: Sample, convert: Convert, tmp_path: Path
 ) -> None:
@@ -372,6 +388,7 @@ def test_20_giant_tensors_pass_in_pieces(tmp_path: Path) -> None:
     assert peak[0] - before < 150_000_000
 
 
+@pytest.mark.slow
 def test_21_config_without_num_hash_layers_and_with_nested_text_config(
     sample_of: Sample, convert: Convert, tmp_path: Path
 ) -> None:
@@ -385,6 +402,7 @@ def test_21_config_without_num_hash_layers_and_with_nested_text_config(
     assert after["vision_config"] == document["vision_config"]
 
 
+@pytest.mark.slow
 def test_22_a_torn_file_is_not_taken_for_complete(
     sample_of: Sample, convert: Convert, tree_of: Tree, tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ def values(
     return everything(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [Target.FP8, Target.FP8_F32SCALE, Target.NATIVE])
 def test_transformers_dequantizes_what_we_write_to_the_same_values(
     sample_of: Callable[[str], Path], tmp_path: Path, target: Target
@@ -58,6 +59,7 @@ def test_transformers_dequantizes_what_we_write_to_the_same_values(
         assert torch.equal(value, models[1][name]), name
 
 
+@pytest.mark.slow
 def test_compressed_tensors_reads_config_and_every_matrix(
     sample_of: Callable[[str], Path], values: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
@@ -95,6 +97,7 @@ def test_compressed_tensors_reads_config_and_every_matrix(
     assert seen["mxfp4-pack-quantized"] == 120 and seen["float-quantized"] > 30
 
 
+@pytest.mark.slow
 def test_nvfp4_means_nibble_times_two_scales(
     sample_of: Callable[[str], Path], values: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:

@@ -100,11 +100,13 @@ def test_inventory_equals_the_published_total_to_the_byte(
     assert census(release).sizes.total() == num_bytes
 
 
+@pytest.mark.slow
 def test_inventory_of_vision_exp_has_the_published_number_of_tensors() -> None:
     # vision.* 259, aligner.* 4 and four image_* tensors are opaque to the inventory
     assert census("vision-exp").counts.total() == 72_633 - 267
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("release", "parameters"),
     [

@@ -101,6 +101,7 @@ def test_renames_are_a_bijection_on_the_tiny_checkpoint(release: str) -> None:
     require_identity_split(RELEASES[release].family.table, sample_names(release))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", RELEASES)
 def test_renames_are_a_bijection_on_the_released_names(release: str) -> None:
     require_identity_split(RELEASES[release].family.table, released_names(release))

@@ -151,6 +151,7 @@ def test_a_release_has_all_its_ids(
     assert json.loads(json.dumps(report.document()))["ok"] is True
 
 
+@pytest.mark.slow
 @needs_git
 def test_a_flipped_bit_is_found_in_every_file(
     tree: list[dict[str, Any]], names: list[str], checkpoint: Path, tmp_path: Path
@@ -374,6 +375,7 @@ def dsv4(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment())
 
 
+@pytest.mark.slow
 def test_command_counts_matches_and_exits_1_for_a_mismatch(
     sha256s: Ids, checkpoint: Path, tmp_path: Path
 ) -> None:

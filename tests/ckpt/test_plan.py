@@ -380,6 +380,7 @@ def surveyed(
     return survey.survey(checkpoint)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", Namespace)
 @pytest.mark.parametrize("namespace", Namespace)
 @pytest.mark.parametrize(
@@ -469,6 +470,7 @@ print(plan.make_plan(survey.survey(source.open_checkpoint(sys.argv[1])), options
 """
 
 
+@pytest.mark.slow
 def test_plan_does_not_depend_on_the_order_of_sets(sample_of: SampleOf) -> None:
     found = set()
     for seed in ("0", "1", "2"):

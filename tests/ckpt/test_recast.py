@@ -645,6 +645,8 @@ if sys.argv[1] == "flush":
     assert torch.set_flush_denormal(True)
 from dsv4ckpt import codec, recast
 from dsv4ckpt.formats import Block
+
+pytestmark = pytest.mark.slow  # exhaustive arithmetic, in many small pieces
 every = torch.arange(256, dtype=torch.uint8)
 f32 = recast.e8m0_to_f32(every)
 rows = every.repeat(256, 1)
@@ -671,7 +673,6 @@ def cold_start(mode: str) -> list[str]:
     return done.stdout.split()
 
 
-@pytest.mark.slow
 def test_recasts_and_tables_built_under_flush_to_zero_hold_the_same_bytes() -> None:
     plain = cold_start("plain")
     assert len(plain) == 12

@@ -57,6 +57,7 @@ def files_of(directory: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("namespace", Namespace)
 @pytest.mark.parametrize("release", ALL)
 def test_bf16_and_back_gives_every_file_of_the_release(
@@ -118,6 +119,7 @@ def test_every_chain_of_formats_ends_in_the_release(
     assert files_of(tmp_path / "back") == files_of(sample_of(release))
 
 
+@pytest.mark.slow
 def test_sidecar_is_carried_from_one_namespace_to_the_other(flash: Path, tmp_path: Path) -> None:
     convert(flash, tmp_path / "a", Target.BF16)
     convert(tmp_path / "a", tmp_path / "b", Target.BF16, namespace=Namespace.TRANSFORMERS)
@@ -129,6 +131,7 @@ def test_sidecar_is_carried_from_one_namespace_to_the_other(flash: Path, tmp_pat
 # ---- DCP
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_detour_through_torch_dcp_ends_in_the_release(flash: Path, tmp_path: Path) -> None:
     """BF16 tensors as a trainer saves and loads them, then written as one plain safetensors file."""
@@ -211,6 +214,7 @@ def different(a: Path, b: Path) -> set[str]:
     return {name for name in one if one[name] != two[name]}
 
 
+@pytest.mark.slow
 def test_only_changed_tensors_differ_from_the_release(flash: Path, bf16: Path, tmp_path: Path) -> None:
     for name in (EXPERT, DENSE, NORM):
         tune(bf16, name, noise(0.2))
@@ -223,6 +227,7 @@ def test_only_changed_tensors_differ_from_the_release(flash: Path, bf16: Path, t
     assert (tmp_path / "out" / "config.json").read_bytes() == (flash / "config.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_kept_delta_is_what_plain_arithmetic_says(flash: Path, bf16: Path, tmp_path: Path) -> None:
     """Projection of what is left of the change on the change, in float64 numpy, from the files alone."""
     before = tensors_of(bf16)
@@ -248,6 +253,7 @@ def test_kept_delta_is_what_plain_arithmetic_says(flash: Path, bf16: Path, tmp_p
         assert loss.num_inexact == int((wide(left[loss.name]) != wide(after[loss.name])).sum())
 
 
+@pytest.mark.slow
 def test_change_that_would_vanish_is_refused_and_finished_when_allowed(
     flash: Path, bf16: Path, tmp_path: Path
 ) -> None:
@@ -264,6 +270,7 @@ def test_change_that_would_vanish_is_refused_and_finished_when_allowed(
     assert summary.losses[0].kept_share is not None and summary.losses[0].kept_share < 0.5
 
 
+@pytest.mark.slow
 def test_loss_that_nobody_can_measure_is_refused_and_nothing_stays(bf16: Path, tmp_path: Path) -> None:
     """With the sidecar alone the values before training are not known."""
     tune(bf16, EXPERT, noise(0.2))
@@ -276,6 +283,7 @@ def test_loss_that_nobody_can_measure_is_refused_and_nothing_stays(bf16: Path, t
     assert loss.kept_share is None and loss.num_inexact > 0
 
 
+@pytest.mark.slow
 def test_change_that_the_codes_can_hold_needs_no_permission(flash: Path, bf16: Path, tmp_path: Path) -> None:
     tune(bf16, EXPERT, lambda values: -values)
     summary = convert(bf16, tmp_path / "out", Target.NATIVE)
@@ -287,6 +295,7 @@ def test_change_that_the_codes_can_hold_needs_no_permission(flash: Path, bf16: P
     assert again.data == bytes(byte ^ 0x88 for byte in released.data)
 
 
+@pytest.mark.slow
 def test_kept_scales_lose_less_than_fresh_ones(flash: Path, bf16: Path, tmp_path: Path) -> None:
     """The measured reason for the default: a small change must not double the scales of untouched-looking blocks."""
     tune(bf16, EXPERT, noise(0.01))
@@ -303,6 +312,7 @@ def test_kept_scales_lose_less_than_fresh_ones(flash: Path, bf16: Path, tmp_path
 # ---- what does not belong together
 
 
+@pytest.mark.slow
 def test_edited_values_are_refused_while_a_manifest_vouches_for_them(bf16: Path, tmp_path: Path) -> None:
     manifest = (bf16 / "dsv4.manifest.json").read_bytes()
     tune(bf16, EXPERT, lambda values: -values)
@@ -314,6 +324,7 @@ def test_edited_values_are_refused_while_a_manifest_vouches_for_them(bf16: Path,
     assert convert(bf16, tmp_path / "out", Target.NATIVE, accept_changes=True).num_changed == 1
 
 
+@pytest.mark.slow
 def test_edited_norm_is_refused_while_a_manifest_vouches_for_it(bf16: Path, tmp_path: Path) -> None:
     """Tensors that are only copied are hashed too."""
     manifest = (bf16 / "dsv4.manifest.json").read_bytes()
@@ -324,6 +335,7 @@ def test_edited_norm_is_refused_while_a_manifest_vouches_for_it(bf16: Path, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_sidecar_of_another_release_is_refused(
     sample_of: Callable[[str], Path], flash: Path, bf16: Path, tmp_path: Path
 ) -> None:
@@ -335,6 +347,7 @@ def test_sidecar_of_another_release_is_refused(
         convert(bf16, tmp_path / "out", Target.NATIVE, released=sample_of("pro"))
 
 
+@pytest.mark.slow
 def test_sidecar_of_another_size_is_refused(bf16: Path, tmp_path: Path) -> None:
     from dsv4ckpt import sample
 
@@ -344,6 +357,7 @@ def test_sidecar_of_another_size_is_refused(bf16: Path, tmp_path: Path) -> None:
         convert(bf16, tmp_path / "out", Target.NATIVE, memory=tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_damaged_sidecar_never_gives_wrong_bytes(flash: Path, bf16: Path, tmp_path: Path) -> None:
     """Bits flipped all over it: refused, or everything still comes out right."""
     original_bytes = (bf16 / SIDECAR_NAME).read_bytes()
@@ -365,6 +379,7 @@ def test_damaged_sidecar_never_gives_wrong_bytes(flash: Path, bf16: Path, tmp_pa
     assert refused > 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_value_that_no_code_can_hold_is_refused_and_nothing_stays(
     bf16: Path, tmp_path: Path, bad: float
@@ -381,6 +396,7 @@ def test_value_that_no_code_can_hold_is_refused_and_nothing_stays(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", ["flash", "flash-0731", "v4.1-flash"])
 def test_draft_stages_that_a_trainer_dropped_come_back_from_the_release(
     sample_of: Callable[[str], Path], tmp_path: Path, release: str
@@ -425,6 +441,7 @@ def test_tensors_of_many_pieces_come_back(
     assert files_of(tmp_path / "back") == files_of(sample_of(release))
 
 
+@pytest.mark.slow
 def test_only_the_changed_pieces_of_a_tensor_are_quantized(
     flash: Path, bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

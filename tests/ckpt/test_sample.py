@@ -57,10 +57,12 @@ def written(directory: Path, **options: Any) -> Path:
 # ---- deterministic
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_bytes(sample_of: SampleOf, tmp_path: Path) -> None:
     assert hashes(written(tmp_path / "again")) == hashes(sample_of("flash"))
 
 
+@pytest.mark.slow
 def test_other_seed_changes_every_shard_and_nothing_else(sample_of: SampleOf, tmp_path: Path) -> None:
     first, second = hashes(sample_of("flash")), hashes(written(tmp_path / "other", seed=1))
     assert first.keys() == second.keys()
@@ -68,6 +70,7 @@ def test_other_seed_changes_every_shard_and_nothing_else(sample_of: SampleOf, tm
     assert changed == {name for name in first if name.endswith(".safetensors")}
 
 
+@pytest.mark.slow
 def test_other_seed_changes_every_tensor(sample_of: SampleOf, tmp_path: Path) -> None:
     first, second = loaded(sample_of("flash")), loaded(written(tmp_path / "other", seed=1))
     same = {
@@ -373,6 +376,7 @@ def test_target_size_is_met_within_a_tenth(release: str) -> None:
     assert of_50_mb(release).total_bytes == pytest.approx(50_000_000, rel=0.10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [200_000_000, 1_000_000_000, 5_000_000_000])
 def test_larger_target_sizes_are_met_within_a_tenth(target: int) -> None:
     assert plan_sample(SampleOptions(target_bytes=target)).total_bytes == pytest.approx(target, rel=0.10)
@@ -384,6 +388,7 @@ def test_target_size_keeps_what_the_user_fixed() -> None:
     assert made.total_bytes == pytest.approx(50_000_000, rel=0.10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", RELEASES)
 def test_target_size_gives_a_sample_that_can_be_identified(release: str) -> None:
     require_identifiable(of_50_mb(release), release)
@@ -419,6 +424,7 @@ def test_every_sample_that_can_be_asked_for_can_be_identified(options: dict[str,
         require_identifiable(made, release)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", RELEASES)
 def test_release_dims_with_one_layer_has_the_true_shapes(release: str) -> None:
     made = plan_sample(SampleOptions(release=release, release_dims=True, layers=1))
@@ -438,6 +444,7 @@ def test_release_dims_with_one_layer_has_the_true_shapes(release: str) -> None:
     assert {name: found[name] for name in found if name not in taps} == expected
 
 
+@pytest.mark.slow
 def test_release_dims_without_layers_is_the_whole_release() -> None:
     made = plan_sample(SampleOptions(release="flash", release_dims=True))
     assert made.num_tensors == 69_187

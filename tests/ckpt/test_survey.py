@@ -161,6 +161,7 @@ def test_every_tensor_changed_in_turn_is_told_by_its_name(change: str, verdicts:
     assert untold == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [renumbered, in_capitals])
 def test_tensor_under_a_name_that_is_nearly_right_is_detected(change: Change, whole: Checkpoint) -> None:
     for name in list(whole.tensors)[::5]:
@@ -169,6 +170,7 @@ def test_tensor_under_a_name_that_is_nearly_right_is_detected(change: Change, wh
         assert isinstance(refusal(changed), NotConform | UnknownRelease), name
 
 
+@pytest.mark.slow
 def test_every_swap_of_two_names_of_different_shape_is_detected(whole: Checkpoint) -> None:
     names = list(whole.tensors)
     for one, two in itertools.pairwise(names):

@@ -195,6 +195,7 @@ def require_equal(values: torch.Tensor, expected: list[int | None]) -> None:
 # ---- decoding, against fractions
 
 
+@pytest.mark.slow
 def test_fp8_every_code_with_every_e8m0_scale_is_the_rounded_product() -> None:
     rows = Rows(
         256,
@@ -209,6 +210,7 @@ def test_fp8_every_code_with_every_e8m0_scale_is_the_rounded_product() -> None:
     require_equal(decode_plain.decode(rows), expected)
 
 
+@pytest.mark.slow
 def test_fp4_every_byte_with_every_e8m0_scale_is_the_rounded_product_low_nibble_first() -> None:
     rows = Rows(
         256,
@@ -226,6 +228,7 @@ def test_fp4_every_byte_with_every_e8m0_scale_is_the_rounded_product_low_nibble_
     require_equal(decode_plain.decode(rows), expected)
 
 
+@pytest.mark.slow
 def test_every_product_is_exact_before_rounding() -> None:
     for codes, value, quant in (
         (bytearray(range(256)), e4m3, Quant("F8_E4M3", 1, "F8_E8M0", Block(1, 256))),
@@ -252,6 +255,7 @@ def test_u8_scales_mean_what_e8m0_scales_mean() -> None:
     require_equal(decode_plain.decode(rows), expected)
 
 
+@pytest.mark.slow
 def test_f32_scales_that_are_powers_of_two_give_the_rounded_product() -> None:
     quant = Quant("F8_E4M3", 1, "F32", Block(1, 256))
     for exponent in range(1, 255):  # row by row: each alone decides whether bfloat16 holds all its products
@@ -315,6 +319,7 @@ def test_nvfp4_rounds_once_where_float32_lands_midway() -> None:
         require_equal(decode_plain.decode(rows), [bf16_of(Fraction(45, 16) * Fraction(scale_2))] * 16)
 
 
+@pytest.mark.slow
 def test_blocks_cut_off_by_both_edges_and_rows_from_within_a_block_find_their_scales() -> None:
     generator = np.random.default_rng(1)
     codes = generator.integers(0, 0x7F, (300, 200), np.uint8)
@@ -428,11 +433,13 @@ def test_values_every_release_converted_has_the_same_values(
     assert json.loads(json.dumps(report.document()))["counts"]["same values"] == quantized
 
 
+@pytest.mark.slow
 def test_values_a_checkpoint_and_its_copy_have_the_same_bytes(sample_of: Sample, flash: Path) -> None:
     report = compared(sample_of("flash"), flash)
     assert report.ok and report.counts[Verdict.SAME_BYTES] == sum(report.counts.values())
 
 
+@pytest.mark.slow
 def test_values_both_namespaces_of_one_conversion_have_the_same_bytes(converted: Converted) -> None:
     report = compared(*(converted("vision-exp", namespace) for namespace in Namespace))
     assert report.ok and report.counts[Verdict.SAME_BYTES] == sum(report.counts.values())
@@ -458,6 +465,7 @@ def test_values_a_selection_of_layers_without_mtp_is_found_under_its_source_name
     assert len(report.tensors) == len(left_out)
 
 
+@pytest.mark.slow
 def test_values_a_difference_in_a_selected_layer_is_told_by_its_source_name(
     sample_of: Sample, convert: Convert, tmp_path: Path
 ) -> None:
@@ -470,6 +478,7 @@ def test_values_a_difference_in_a_selected_layer_is_told_by_its_source_name(
     assert [item.name for item in wrong] == ["layers.3.attn.wo_b.weight"]
 
 
+@pytest.mark.slow
 def test_values_a_manifest_of_another_source_maps_no_layers(
     sample_of: Sample, convert: Convert, flash: Path, tmp_path: Path
 ) -> None:
@@ -484,6 +493,7 @@ def test_values_a_manifest_of_another_source_maps_no_layers(
     assert "another source" in report.notes[0]
 
 
+@pytest.mark.slow
 def test_values_unit_scales_mean_one(flash: Path, convert: Convert, tmp_path: Path) -> None:
     unit = frozenset({DENSE})
     scale = DENSE.replace("weight", "scale")
@@ -501,6 +511,7 @@ def test_values_equal_codes_under_unit_scales_and_under_others_differ(sample_of:
     assert (found.name, found.verdict, found.reason) == (DENSE, Verdict.DIFFERS, None)
 
 
+@pytest.mark.slow
 def test_values_any_nan_equals_any_nan(flash: Path, convert: Convert, tmp_path: Path) -> None:
     overwrite(*place(flash, DENSE.replace("weight", "scale"))[:2], b"\xff")
     convert(flash, tmp_path / "out", allow_nan=frozenset({DENSE}))
@@ -512,6 +523,7 @@ def test_values_any_nan_equals_any_nan(flash: Path, convert: Convert, tmp_path: 
 # ---- values: outputs with one thing wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("namespace", Namespace)
 @pytest.mark.parametrize("bit", [0, 3, 15])
 def test_values_one_flipped_bit_is_found_with_tensor_place_and_distance(
@@ -561,6 +573,7 @@ def test_values_a_flipped_bit_in_a_plain_tensor_is_found(name: str, sample_of: S
     assert (found.apart.distance, found.apart.row, found.apart.col) == (1, 0, 0)
 
 
+@pytest.mark.slow
 def test_values_small_chunks_find_every_difference_where_it_is(
     sample_of: Sample, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -601,6 +614,7 @@ def test_values_a_dropped_tensor_that_the_config_asks_for_is_missing(sample_of: 
     assert the_one(compared(sample_of("flash"), out)).verdict is Verdict.MISSING
 
 
+@pytest.mark.slow
 def test_values_codes_without_scales_differ_with_a_reason(flash: Path, out: Path) -> None:
     scale = DENSE.replace("weight", "scale")
     edit(flash, lambda tensors: tensors.pop(scale), scale)
@@ -635,6 +649,7 @@ def test_values_another_shape_or_dtype_differs_with_a_reason(
     assert (found.name, found.verdict, found.reason) == (DENSE, Verdict.DIFFERS, words)
 
 
+@pytest.mark.slow
 def test_values_fused_experts_of_another_shape_differ_with_a_reason(
     sample_of: Sample, converted: Converted, tmp_path: Path
 ) -> None:
@@ -676,6 +691,7 @@ def test_values_codes_are_compared_without_rounding(sample_of: Sample, tmp_path:
     assert found.apart.num_values > 128 * 100 and found.apart.distance <= 1
 
 
+@pytest.mark.slow
 def test_values_other_weights_differ_everywhere_and_subsets_cover_them_once(
     sample_of: Sample, tmp_path: Path
 ) -> None:
@@ -713,6 +729,7 @@ def test_a_part_that_does_not_exist_is_a_usage_error(
         verify_bytes(str(converted("flash", Namespace.DEEPSEEK)), subset=subset)
 
 
+@pytest.mark.slow
 def test_events_add_up_to_what_was_announced(sample_of: Sample, converted: Converted) -> None:
     b = converted("flash", Namespace.TRANSFORMERS)
     for level in (
@@ -738,6 +755,7 @@ def test_a_stop_flag_ends_both_levels(sample_of: Sample, converted: Converted) -
 # ---- bytes
 
 
+@pytest.mark.slow
 def test_bytes_one_flipped_bit_is_found_in_every_file(out: Path) -> None:
     generator = random.Random(5)
     files = sorted(file for file in out.rglob("*") if file.is_file() and file.name != MANIFEST_NAME)
@@ -763,6 +781,7 @@ def test_bytes_a_truncated_file_differs_and_a_removed_one_is_missing(out: Path) 
     assert json.loads(json.dumps(report.document()))["ok"] is False
 
 
+@pytest.mark.slow
 def test_bytes_subsets_cover_every_file_once(converted: Converted) -> None:
     directory = str(converted("flash", Namespace.DEEPSEEK))
     whole = [file.name for file in verify_bytes(directory).files]
@@ -930,6 +949,7 @@ def test_structure_of_a_finished_output_does_not_mind_a_leftover_work_directory(
 # ---- the house
 
 
+@pytest.mark.slow
 def test_importing_verify_imports_neither_torch_nor_what_writes() -> None:
     code = (
         "import sys, dsv4ckpt.verify, dsv4ckpt.compare; loaded = set(sys.modules); import dsv4ckpt.decode_plain;"
@@ -940,6 +960,7 @@ def test_importing_verify_imports_neither_torch_nor_what_writes() -> None:
     assert ran.stdout.split() == ["[]", "[]"]
 
 
+@pytest.mark.slow
 def test_f32_tiles_of_a_whole_tensor_equal_a_float64_decode(sample_of: Sample) -> None:
     codes = np.frombuffer(stored(sample_of("flash-base"), DENSE), np.uint8).reshape(256, 256)
     scales = np.random.default_rng(6).random((2, 2), np.float32)
@@ -997,6 +1018,7 @@ def test_files_that_no_verdict_covers_are_read(sample_of: Sample, flash: Path) -
     assert (report.ok, not_identical(report)) == (False, {file.name: FileState.DIFFERS})
 
 
+@pytest.mark.slow
 def test_files_of_several_pieces_are_compared_to_their_end(
     sample_of: Sample, flash: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1024,6 +1046,7 @@ def test_files_with_tensors_in_another_order_are_told_and_no_failure(sample_of: 
     assert (report.ok, not_identical(report)) == (True, {file.name: FileState.OTHER_LAYOUT})
 
 
+@pytest.mark.slow
 def test_files_split_otherwise_are_told_with_their_index_and_no_failure(
     sample_of: Sample, flash: Path
 ) -> None:
@@ -1078,6 +1101,7 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, 
     return code, capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_level_bytes_tells_of_files_and_exits_1_for_a_config_alone(
     sample_of: Sample, flash: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

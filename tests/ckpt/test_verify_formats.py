@@ -212,6 +212,7 @@ def test_every_stored_byte_of_every_format_is_proven(storage: Storage, made: Mad
     assert report.counts[Verdict.SAME_BYTES] == sum(report.counts.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "storage"), [(to_nvfp4, Storage.NVFP4_32), (to_compressed_tensors, Storage.MXFP4_CT_32)]
 )
@@ -249,6 +250,7 @@ def test_nvfp4_scales_halved_under_twice_the_number_are_the_same_values(made: Ma
 # ---- wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("against", REMAKES)
 def test_one_step_of_weight_scale_2_is_found_against_every_format(
     against: Storage, made: Made, tmp_path: Path
@@ -264,6 +266,7 @@ def test_one_step_of_weight_scale_2_is_found_against_every_format(
     assert found.apart.num_values > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("storage", "leaf", "bits", "num_values"),
     [
@@ -288,6 +291,7 @@ def test_one_flipped_bit_is_found_where_it_is(
     assert num_values - 2 * zeros <= found.apart.num_values <= num_values
 
 
+@pytest.mark.slow
 def test_another_input_scale_is_a_difference_between_two_nvfp4_and_no_value_elsewhere(
     made: Made, tmp_path: Path
 ) -> None:
@@ -299,6 +303,7 @@ def test_another_input_scale_is_a_difference_between_two_nvfp4_and_no_value_else
     assert compared(made(Storage.FP4_FP8), other).ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leaf", ["weight_scale_2", "input_scale", "weight_scale"])
 @pytest.mark.parametrize("against", [Storage.FP4_FP8, Storage.NVFP4])
 def test_nvfp4_without_one_of_its_scales_differs_with_a_reason(
@@ -316,6 +321,7 @@ def test_nvfp4_without_one_of_its_scales_differs_with_a_reason(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tensor", "words"),
     [

@@ -61,6 +61,7 @@ def test_command_starts_as_a_module(start: list[str]) -> None:
     assert (done.returncode, done.stdout) == (0, "dsv4 0.1.0\n")
 
 
+@pytest.mark.slow
 def test_help_inspect_and_dry_run_import_no_torch(tmp_path: Path) -> None:
     """Importing torch takes seconds, reading headers does not."""
     program = (

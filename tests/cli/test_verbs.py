@@ -52,6 +52,7 @@ def test_first_round_sample_inspect_convert_verify(release: str, tmp_path: Path)
     assert dsv4("verify", out).returncode == 0
 
 
+@pytest.mark.slow
 def test_inspect_reports_every_deviation_and_exits_3(flash: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -215,6 +216,7 @@ def test_quiet_says_nothing(flash: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_second_run_says_that_it_was_complete(flash: Path, bf16: Path) -> None:
     done = dsv4("convert", flash, bf16, "--to", "bf16")
     assert done.returncode == 0

@@ -33,7 +33,7 @@ def sources(smallest: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     base = tmp_path_factory.mktemp("faults")
     native, bf16 = base / "native", base / "bf16"
     native.symlink_to(smallest)
-    trials.Conversion(str(native)).into(bf16)
+    trials.Conversion(str(native), shard_bytes=10**9).into(bf16)
     return {name: bf16 if name in ("convert native", "verify bytes") else native for name in JOBS}
 
 

@@ -468,6 +468,7 @@ def test_convert_of_a_small_file_that_changes_publishes_nothing_of_it(convert: J
     assert trials.torn(out, convert.expected) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 5, 8, 11])
 def test_way_back_whose_release_is_rewritten_meanwhile_publishes_nothing_of_it(
     number: int, job: Jobs, smallest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

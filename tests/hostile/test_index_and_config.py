@@ -489,6 +489,7 @@ def test_config_of_v41_without_its_text_config_is_refused(text: object, checkpoi
     refusal(checkpoint, BadConfig)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["hidden_act", "hidden_size", "compress_ratios", "model_type"])
 def test_config_nested_to_any_depth_is_planned_or_refused(key: str, checkpoint: Path) -> None:
     before = json.loads((checkpoint / CONFIG).read_bytes())

@@ -67,6 +67,7 @@ def read(directory: Path, text: str) -> Manifest | None:
     return read_manifest(str(directory))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LARGE)
 def test_manifest_of_the_largest_size_is_refused_cheaply(case: str, tmp_path: Path) -> None:
     tiny.replace(tmp_path / MANIFEST_NAME, LARGE[case]())
@@ -74,6 +75,7 @@ def test_manifest_of_the_largest_size_is_refused_cheaply(case: str, tmp_path: Pa
     assert error.facts["file"] == MANIFEST_NAME
 
 
+@pytest.mark.slow
 def test_manifest_that_dropped_as_many_tensors_as_any_checkpoint_has_is_read(tmp_path: Path) -> None:
     rows = [
         {"name": f"layers.{n % 61}.ffn.experts.{n}.w1.weight", "reason": "--layers", "size": 11_010_048}

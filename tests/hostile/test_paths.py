@@ -365,6 +365,7 @@ def test_links_of_a_kind_that_is_not_carried_are_not_opened(checkpoint: Path) ->
     assert {"x.py", "x.bin", ".x.json", "id_rsa"} <= {item.name for item in made.left}
 
 
+@pytest.mark.slow
 def test_directories_1500_deep_are_left_or_refused_without_a_crash(checkpoint: Path) -> None:
     fd = os.open(checkpoint / "inference", os.O_RDONLY)
     for _ in range(1500):
@@ -395,6 +396,7 @@ NAMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", NAMES)
 def test_small_file_with_an_odd_name_does_not_keep_a_conversion_from_ending(
     case: str, checkpoint: Path, tmp_path: Path
@@ -408,6 +410,7 @@ def test_small_file_with_an_odd_name_does_not_keep_a_conversion_from_ending(
     assert (tmp_path / "out" / "dsv4.manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_convert_reads_and_changes_nothing_outside_source_and_output(
     checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -422,6 +425,7 @@ def test_convert_reads_and_changes_nothing_outside_source_and_output(
     assert [event for event in events if event.kind in tiny.STARTING] == []
 
 
+@pytest.mark.slow
 def test_convert_changes_nothing_in_its_source(checkpoint: Path, tmp_path: Path) -> None:
     """Not even for a moment, and whatever may be written there."""
     made = plan.make_plan(tiny.survey_of(checkpoint), plan.ConvertOptions())

@@ -125,6 +125,7 @@ OTHER_KINDS: dict[str, type[errors.Dsv4Error]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", EDITS)
 def test_sidecar_is_refused(edit: str, directory: Path, tmp_path: Path) -> None:
     metadata, data = sections(directory)
