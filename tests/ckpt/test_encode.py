@@ -24,6 +24,8 @@ from torch import Tensor
 from dsv4ckpt import codec, encode
 from dsv4ckpt.formats import FP4_EXPERT, FP8_TILE, FP8_TILE_32, Block
 
+pytestmark = pytest.mark.slow  # exhaustive arithmetic, in many small pieces
+
 FP4, FP8 = FP4_EXPERT.block, FP8_TILE.block
 INF = 0x7F80
 FP4_HALVES = (0, 1, 2, 3, 4, 6, 8, 12)  # the grid of E2M1 in units of 0.5 (OCP MX v1.0 table 5)
@@ -746,8 +748,6 @@ if sys.argv[1] == "flush":
 from dsv4ckpt import encode
 from dsv4ckpt.formats import Block
 import hashlib
-
-pytestmark = pytest.mark.slow  # exhaustive arithmetic, in many small pieces
 patterns = torch.cat([torch.arange(0x7F80), torch.arange(0x8000, 0xFF80)]).to(torch.int32).to(torch.int16)
 values = patterns.view(torch.bfloat16).view(-1, 32)
 digest = hashlib.sha256()

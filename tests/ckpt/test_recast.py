@@ -25,6 +25,8 @@ from torch import Tensor
 from dsv4ckpt import codec, recast
 from dsv4ckpt.formats import FP4_EXPERT, FP8_TILE, FP8_TILE_32, Block
 
+pytestmark = pytest.mark.slow  # exhaustive arithmetic, in many small pieces
+
 FP4 = Block(1, 32)
 NV = Block(1, 16)
 TILES = [FP8_TILE.block, FP8_TILE_32.block]
@@ -645,8 +647,6 @@ if sys.argv[1] == "flush":
     assert torch.set_flush_denormal(True)
 from dsv4ckpt import codec, recast
 from dsv4ckpt.formats import Block
-
-pytestmark = pytest.mark.slow  # exhaustive arithmetic, in many small pieces
 every = torch.arange(256, dtype=torch.uint8)
 f32 = recast.e8m0_to_f32(every)
 rows = every.repeat(256, 1)
