@@ -39,6 +39,7 @@ def tuned(bf16: Path, tmp_path: Path) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_native_comes_back_and_verify_proves_whole_files(flash: Path, bf16: Path, tmp_path: Path) -> None:
     back = tmp_path / "back"
     done = dsv4("convert", bf16, back, "--to", "native")
