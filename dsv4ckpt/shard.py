@@ -27,6 +27,7 @@ _LIMITS = strictjson.Limits(  # itself and its entries; some more commas in name
     lists=2 * formats.MAX_TENSORS + 1000,
     commas=_ENTRY_COMMAS * formats.MAX_TENSORS + 100_000,
 )
+_MOST_QUOTES = 10 * formats.MAX_TENSORS + 400_000  # of a name, three keys and a dtype; and of __metadata__
 _ALIGNMENT = 8  # bytes; where the reference writer starts the data, so every element is aligned
 
 
@@ -98,7 +99,10 @@ def _text(prefixed: bytes | bytearray, file: str) -> str:
             return strictjson.decoded(memoryview(prefixed)[begin:])
         if b"\\" in prefixed:
             raise strictjson.Malformed("escapes in a header of this size")
-        if last - begin > (prefixed.count(b'"') + 1) * formats.MAX_NAME_CHARS + formats.MAX_METADATA_BYTES:
+        quotes = prefixed.count(b'"')
+        if quotes > _MOST_QUOTES:
+            raise strictjson.Malformed(f"more than {_MOST_QUOTES:,} quotes")
+        if last - begin > (quotes + 1) * formats.MAX_NAME_CHARS + formats.MAX_METADATA_BYTES:
             raise strictjson.Malformed("texts or blanks longer than any header has")
         return strictjson.decoded(memoryview(prefixed)[begin:], "ascii")
     except strictjson.Malformed as error:

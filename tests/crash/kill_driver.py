@@ -31,7 +31,7 @@ def main(src: str, base: str, num_outputs: int, seed: int, to: str) -> None:
         out = Path(base) / str(number)
         for _ in range(3):
             work = functools.partial(conversion.into, out, random.choice([1, 2, 3]))
-            ended = attempt(work, kill_after=random.uniform(0, 0.7 * duration))
+            ended = attempt(work, kill_after=random.uniform(0, 0.5 * duration))
             found["kills"] += ended == -signal.SIGKILL
             found["torn"] += torn(out, expected)
         attempt(functools.partial(conversion.into, out))
