@@ -269,6 +269,7 @@ def all_fp8() -> codec.Decoded:
     return codec.decode_fp8(codes, torch.arange(256, dtype=torch.uint8)[:, None], Block(1, 256))
 
 
+@pytest.mark.slow
 def test_decode_fp8_every_code_and_scale_equals_the_definition() -> None:
     assert np.array_equal(patterns(all_fp8().values), fp8_oracle())
 
@@ -283,6 +284,7 @@ def test_decode_fp8_every_code_and_scale_equals_torch_casts() -> None:
     assert torch.equal(all_fp8().values.isnan(), witness.isnan())
 
 
+@pytest.mark.slow
 def test_decode_fp8_every_code_and_scale_equals_numpy_float64() -> None:
     code = np.array(
         [
@@ -302,6 +304,7 @@ def test_decode_fp8_every_code_and_scale_equals_numpy_float64() -> None:
     assert (np.abs(held - exact)[finite] <= gap[finite]).all()
 
 
+@pytest.mark.slow
 def test_fp8_to_bf16_exact_for_scale_bytes_3_to_246() -> None:
     codes = torch.arange(256, dtype=torch.uint8).repeat(244, 1)
     decoded = codec.decode_fp8(codes, torch.arange(3, 247, dtype=torch.uint8)[:, None], Block(1, 256))
@@ -479,6 +482,7 @@ def test_decode_fp8_f32_scales_at_the_ends_of_the_range() -> None:
     )
 
 
+@pytest.mark.slow
 def test_decode_fp8_f32_random_bit_patterns() -> None:
     generator = random.Random(3)
     check_f32_scales([float32_of_bits(generator.randrange(2**32)) for _ in range(60)])

@@ -20,6 +20,8 @@ from dsv4ckpt.inventory import Stored, lay_out, logical_tensors
 from dsv4ckpt.names import Namespace
 from dsv4ckpt.release import RELEASES, shipped_config
 
+pytestmark = pytest.mark.slow  # lists whole releases
+
 WIDTH = {"I64": 8, "F32": 4, "BF16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1}
 
 
@@ -79,7 +81,6 @@ def block_of(name: str) -> str:
 # ---- totals
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("release", "num_tensors", "num_bytes"),
     [
@@ -100,13 +101,11 @@ def test_inventory_equals_the_published_total_to_the_byte(
     assert census(release).sizes.total() == num_bytes
 
 
-@pytest.mark.slow
 def test_inventory_of_vision_exp_has_the_published_number_of_tensors() -> None:
     # vision.* 259, aligner.* 4 and four image_* tensors are opaque to the inventory
     assert census("vision-exp").counts.total() == 72_633 - 267
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("release", "parameters"),
     [

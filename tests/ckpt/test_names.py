@@ -112,6 +112,7 @@ def test_fused_renames_are_a_bijection_on_the_tiny_checkpoint(release: str) -> N
     require_identity_fused(RELEASES[release].family.table, sample_names(release))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", RELEASES)
 def test_fused_renames_are_a_bijection_on_the_released_names(release: str) -> None:
     require_identity_fused(RELEASES[release].family.table, released_names(release))

@@ -138,6 +138,7 @@ def require_all_used_or_dropped(found: Survey, made: Plan) -> None:
 # ---- files
 
 
+@pytest.mark.slow
 def test_every_tensor_starts_at_a_multiple_of_its_element(planned: tuple[Survey, Plan]) -> None:
     require_aligned(*planned)
 

@@ -210,6 +210,7 @@ def written(directory: Path, name: str, new_name: str | None, tensor: Tensor) ->
             tiny.edit_weight_map(directory, lambda names: names.update({new_name: shard.name}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("how", ["removed", "renamed", "retyped", *NEW_SHAPES])
 def test_tensor_changed_in_its_file_is_detected_by_name(how: str, name: str, checkpoint: Path) -> None:

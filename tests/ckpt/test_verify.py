@@ -279,6 +279,7 @@ SCALES_2 = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale_2", SCALES_2)
 def test_nvfp4_every_nibble_with_every_scale_is_the_product_of_three_rounded_once(scale_2: float) -> None:
     expected: list[int | None] = []
@@ -445,6 +446,7 @@ def test_values_both_namespaces_of_one_conversion_have_the_same_bytes(converted:
     assert report.ok and report.counts[Verdict.SAME_BYTES] == sum(report.counts.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("namespace", Namespace)
 @pytest.mark.parametrize("release", ["flash", "vision-exp", "v4.1-flash"])
 def test_values_a_selection_of_layers_without_mtp_is_found_under_its_source_names(
@@ -631,6 +633,7 @@ def test_values_scales_without_codes_are_told_by_their_stored_name(flash: Path, 
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [
