@@ -10,7 +10,7 @@ import click
 
 from dsv4ckpt import original, outdir, plan, source, strictjson, survey
 from dsv4ckpt import sidecar as sidecars
-from dsv4ckpt.errors import EXIT_OK, NoSpace, Usage
+from dsv4ckpt.errors import EXIT_OK, Usage
 from dsv4ckpt.formats import MAX_INDEX_BYTES, SIDECAR_NAME, Target
 from dsv4ckpt.names import Namespace
 from dsv4ckpt.original import Original
@@ -203,7 +203,7 @@ def _original(
 
 
 def _dry_run(made: Plan, dst: str, console: Console) -> int:
-    needed, free = plan.space_needed(made.total_bytes), outdir.free_bytes(dst)
+    needed, free = outdir.space_needed(made.total_bytes), outdir.free_bytes(dst)
     _say_plan(made, console, files=True)
     console.say(f"  space     {needed:,} bytes needed, {free:,} free")
     document = {**made.document(), "plan_sha256": made.sha256, "bytes": made.total_bytes}
@@ -211,13 +211,7 @@ def _dry_run(made: Plan, dst: str, console: Console) -> int:
         del file["steps"]
     left = [{"name": item.name, "reason": item.left} for item in made.left]
     console.document({**document, "left": left, "space": {"needed": needed, "free": free}})
-    if free < needed:
-        raise NoSpace(
-            "not enough room for the output",
-            expected=f"{needed:,} bytes",
-            found=f"{free:,} bytes free",
-            do="make room or choose another disk; nothing was written",
-        )
+    outdir.require_space(dst, made.total_bytes)
     console.say("nothing was written: this was a dry run")
     return EXIT_OK
 

@@ -88,6 +88,9 @@ class NotFinite(Dsv4Error):
     leaves_nothing = True
 
 
+LEAVE_SOURCE_ALONE = "leave the source alone while a command reads it, then start again"
+
+
 class SourceChanged(Dsv4Error):
     """A source file is not what it was when the plan was made."""
 

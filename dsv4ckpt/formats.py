@@ -27,9 +27,7 @@ E8M0_BIAS = 127  # byte b means 2**(b - 127)
 E8M0_NAN = 255
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors refuses more
-MAX_PLAIN_HEADER_BYTES = (
-    16 * 1024 * 1024
-)  # beyond it, only plain ASCII: other text takes four times its size in memory
+MAX_PLAIN_HEADER_BYTES = 16 * 1024 * 1024  # beyond it ASCII only: other text needs 4 times the memory
 MAX_TENSORS = 160_000  # of one file, __metadata__ counted; all shards of V4-Pro together hold 149,782
 MAX_INDEX_BYTES = 30 * 1024 * 1024  # that of V4-Pro has 14 MB
 MAX_CONFIG_BYTES = 1024 * 1024

@@ -20,11 +20,12 @@ import zlib
 from collections.abc import Callable, Iterator
 
 from . import probe
-from .errors import Busy, Dsv4Error, Environment, ForeignOutput, printable
+from .errors import Busy, Dsv4Error, Environment, ForeignOutput, NoSpace, printable
 from .formats import MANIFEST_NAME, WORK_NAME
 from .sink import FileSink, Receipt, io_errors
 
 _OUR_WORK_FILES = ("journal", "lock", "plan")  # in this order: what still has a plan is taken up again
+_SPACE_MARGIN = 64 * 1024 * 1024  # bytes kept free beyond the output itself
 PART_PREFIX = "roundtrip."  # of the files that `new_part` makes
 
 
@@ -151,8 +152,8 @@ class OutDir:
 
         raises  Environment
         """
-        with io_errors(WORK_NAME), contextlib.suppress(FileNotFoundError):
-            parts = [name for name in os.listdir(self._work) if name.startswith(PART_PREFIX)]
+        with io_errors(WORK_NAME):
+            parts = [name for name in _names_in(self._work) if name.startswith(PART_PREFIX)]
             for name in (*parts, *_OUR_WORK_FILES):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(self._work, name))
@@ -323,7 +324,7 @@ def remove_leftovers(path: str) -> None:
 
     Where another process holds the lock, it is about to do that itself.
     """
-    if not probe.is_directory(os.path.join(path, WORK_NAME)) or probe.is_link(os.path.join(path, WORK_NAME)):
+    if not probe.is_real_directory(os.path.join(path, WORK_NAME)):
         return
     with io_errors(WORK_NAME):
         out = OutDir(path, "", "")
@@ -345,6 +346,25 @@ def free_bytes(path: str) -> int:
     with io_errors("."):
         status = os.statvfs(path)
     return status.f_bavail * status.f_frsize
+
+
+def space_needed(remaining_bytes: int) -> int:
+    """Free bytes that a run asks for before it starts."""
+    return remaining_bytes + _SPACE_MARGIN
+
+
+def require_space(
+    path: str, remaining_bytes: int, *, what: str = "output", do: str = "make room or choose another disk"
+) -> None:
+    """raises NoSpace unless so much, and a margin, is free where `path` is or will be"""
+    needed, free = space_needed(remaining_bytes), free_bytes(path)
+    if free < needed:
+        raise NoSpace(
+            f"not enough room for the {what}",
+            expected=f"{needed:,} bytes",
+            found=f"{free:,} bytes free",
+            do=f"{do}; nothing was written",
+        )
 
 
 def _make_directory(path: str) -> None:

@@ -29,7 +29,6 @@ from .steps import Op, PlannedFile, PlannedTensor, Step, StepMaker, carried
 from .survey import Survey
 
 _MODELOPT_CONFIG = "hf_quant_config.json"
-_SPACE_MARGIN = 64 * 1024 * 1024  # bytes kept free beyond the output itself
 
 
 class Dropped(NamedTuple):
@@ -147,11 +146,6 @@ class Plan:
             if options.input_scales is None
             else dict(sorted(options.input_scales.items())),
         }
-
-
-def space_needed(remaining_bytes: int) -> int:
-    """Free bytes that a run asks for before it starts."""
-    return remaining_bytes + _SPACE_MARGIN
 
 
 def make_plan(survey: Survey, options: ConvertOptions, original: Original | None = None) -> Plan:

@@ -46,6 +46,11 @@ def is_directory(path: str) -> bool:
     return stat.S_ISDIR(_mode(path, follow_links=True))
 
 
+def is_real_directory(path: str) -> bool:
+    """A directory, and no link to one. raises Environment"""
+    return stat.S_ISDIR(_mode(path, follow_links=False))
+
+
 def is_link(path: str) -> bool:
     """raises Environment"""
     return stat.S_ISLNK(_mode(path, follow_links=False))

@@ -16,12 +16,12 @@ from typing import Any
 
 from . import __version__, contained, formats, outdir, probe, prove, sidecar, strictjson
 from .desk import Desk, Rules
-from .errors import Environment, ForeignOutput, NoSpace, SourceChanged, VanishingChange
+from .errors import LEAVE_SOURCE_ALONE, Environment, ForeignOutput, SourceChanged, VanishingChange
 from .formats import INDEX_NAME, MANIFEST_NAME, OUR_NAMES, SIDECAR_NAME, SUMS_NAME, Kind
 from .inputs import Inputs
 from .manifest import read_manifest
 from .outdir import OutDir
-from .plan import Plan, space_needed
+from .plan import Plan
 from .release import RELEASES
 from .roundtrip import Knowledge, Loss, SidecarKnowledge, SourceKnowledge, loss_of_row
 from .sidecar import PartWriter
@@ -98,21 +98,20 @@ def execute(
     stop = stop or StopFlag()
     complete = _already_complete(plan, checkpoint, path)
     if complete is not None:
-        outdir.remove_leftovers(path)
         on_event(Started(plan.shard_bytes, plan.shard_bytes, len(plan.files), len(plan.files)))
         return complete
     known = {file.name for file in plan.files} | set(plan.written) | {name for name, _, _ in plan.copied}
     known |= {SUMS_NAME} | ({SIDECAR_NAME} if plan.remembered or plan.carries_sidecar else set())
     try:
         with one_torch_thread():  # parallelism is across shards
-            _require_space(path, plan.total_bytes - _finished_bytes(path, plan))
+            outdir.require_space(path, plan.total_bytes - _finished_bytes(path, plan))
             prove.require_lossless(plan, checkpoint, stop)
             with outdir.open_outdir(path, plan.sha256, known, _stamps(plan, checkpoint)) as out:
                 run = _Run(plan, checkpoint, out, _rules(plan, checkpoint, accept_changes), on_event, stop)
                 waiting = [item for item in enumerate(plan.files) if not _is_done(item, run)]
                 done = len(plan.files) - len(waiting)
                 done_bytes = plan.shard_bytes - sum(file.size for _, file in waiting)
-                _require_space(path, plan.total_bytes - done_bytes)
+                outdir.require_space(path, plan.total_bytes - done_bytes)
                 on_event(Started(plan.shard_bytes, done_bytes, len(plan.files), done))
                 _run_jobs(waiting, run, num_workers)
                 losses = _losses(out)
@@ -127,7 +126,6 @@ def execute(
         complete = _already_complete(plan, checkpoint, path)
         if complete is None:
             raise
-        outdir.remove_leftovers(path)
         return complete
     return summary
 
@@ -254,7 +252,7 @@ def _write_sidecar(run: _Run) -> None:
 
 
 def _already_complete(plan: Plan, checkpoint: Checkpoint, path: str) -> Summary | None:
-    """The summary of a finished output of the same plan and source; None if there is work to do."""
+    """The summary of a finished output of the same plan and source, tidied up; None if there is work to do."""
     if not probe.is_directory(path):
         return None
     found = read_manifest(path)
@@ -274,19 +272,9 @@ def _already_complete(plan: Plan, checkpoint: Checkpoint, path: str) -> Summary 
                 file=name,
                 do="choose a new directory",
             )
+    outdir.remove_leftovers(path)
     files = tuple(Receipt(*file, {}) for file in found.files)
     return Summary(files, found.num_inexact, found.num_not_finite, len(plan.files), was_complete=True)
-
-
-def _require_space(path: str, remaining: int) -> None:
-    needed, free = space_needed(remaining), outdir.free_bytes(path)
-    if free < needed:
-        raise NoSpace(
-            "not enough room for the output",
-            expected=f"{needed:,} bytes",
-            found=f"{free:,} bytes free",
-            do="make room or choose another disk; nothing was written",
-        )
 
 
 def _run_jobs(files: list[tuple[int, PlannedFile]], run: _Run, num_workers: int) -> None:
@@ -352,7 +340,7 @@ def _write_small(plan: Plan, checkpoint: Checkpoint, out: OutDir) -> None:
                 raise SourceChanged(
                     "this file changed while the command ran",
                     file=name,
-                    do="leave the source alone while a command reads it, then start again",
+                    do=LEAVE_SOURCE_ALONE,
                 )
             out.publish_bytes(name, data)
     for name in sorted(plan.written, key=lambda name: name != INDEX_NAME):

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from . import codec, formats, outdir, shard, strictjson
 from . import config as configs
-from .errors import NoSpace, Usage
+from .errors import Usage
 from .formats import CONFIG_NAME, FP4_GRID, INDEX_NAME, Kind
 from .inventory import Layout, Stored, lay_out, logical_tensors, shard_groups
 from .names import Namespace
-from .plan import index_bytes, space_needed
+from .plan import index_bytes
 from .release import RELEASES, Release, shipped_config
 from .stop import StopFlag
 from .threads import one_torch_thread
@@ -464,14 +464,8 @@ def write_sample(
         "LICENSE": b"MIT License\n\nRandom numbers; do with them what you like.\n",
     }
     key = hashlib.sha256(strictjson.canonical([repr(sample.options), sample.document])).hexdigest()
-    needed, free = space_needed(sample.total_bytes), outdir.free_bytes(path)
-    if free < needed:
-        raise NoSpace(
-            "not enough room for the sample",
-            expected=f"{needed:,} bytes",
-            found=f"{free:,} bytes free",
-            do="make room, choose another disk or a smaller sample; nothing was written",
-        )
+    smaller = "make room, choose another disk or a smaller sample"
+    outdir.require_space(path, sample.total_bytes, what="sample", do=smaller)
     config = configs.read(sample.document)
     names = {file.name for file in sample.files} | set(small)
     with one_torch_thread(), outdir.open_outdir(path, key, names) as out:

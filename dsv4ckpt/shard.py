@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple, NoReturn
 
 from . import formats, strictjson
-from .errors import BadHeader, SourceChanged
+from .errors import LEAVE_SOURCE_ALONE, BadHeader, SourceChanged
 from .formats import Shape
 
 _LENGTH = struct.Struct("<Q")
@@ -225,7 +225,7 @@ def read_into(fd: int, view: memoryview, offset: int, file: str) -> None:
                 file=file,
                 expected=f"{len(view):,} bytes from {offset:,}",
                 found=f"{done:,} bytes",
-                do="leave the source alone while a command reads it, then start again",
+                do=LEAVE_SOURCE_ALONE,
             )
         done += got
 

@@ -20,7 +20,16 @@ from typing import Any, NamedTuple, NoReturn
 from . import config as configs
 from . import formats, probe, shard, strictjson
 from .contained import io_errors, open_direct, open_regular, opened
-from .errors import BadConfig, BadIndex, Environment, MissingFile, SourceChanged, UnsafePath, printable
+from .errors import (
+    LEAVE_SOURCE_ALONE,
+    BadConfig,
+    BadIndex,
+    Environment,
+    MissingFile,
+    SourceChanged,
+    UnsafePath,
+    printable,
+)
 from .formats import CONFIG_NAME, INDEX_NAME, OUR_NAMES, SIDECAR_NAME
 from .release import Seen
 from .shard import Entry, Header
@@ -442,7 +451,7 @@ def _require_same(planned: Shard, status: os.stat_result) -> None:
             file=planned.name,
             expected=f"{planned.stamp.size:,} bytes, unmodified",
             found=f"{status.st_size:,} bytes, modified",
-            do="leave the source alone while a command reads it, then start again",
+            do=LEAVE_SOURCE_ALONE,
         )
 
 
@@ -460,7 +469,7 @@ def _list_small(directory: str, below: str, follow_links: bool) -> Iterator[Smal
         if entry.endswith(".safetensors") or name in (CONFIG_NAME, INDEX_NAME, *OUR_NAMES):
             continue
         path = os.path.join(directory, name)
-        if probe.is_directory(path) and not probe.is_link(path):
+        if probe.is_real_directory(path):
             if name.count(os.sep) >= _MAX_DEPTH:
                 yield SmallFile(name + os.sep, 0, "too deep")
             elif (name if not below else below.partition(os.sep)[0]) in _CODE_DIRECTORIES:

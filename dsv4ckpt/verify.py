@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
-import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from . import contained, probe, shard
 from .errors import MissingFile, Usage
 from .formats import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, WORK_NAME
 from .manifest import Listed, Manifest, read_manifest
-from .source import Checkpoint
+from .source import Checkpoint, Landing
 from .stop import StopFlag
 from .survey import survey
 
@@ -355,7 +354,7 @@ def hash_file(digest: Digest, directory: str, name: str, size: int, follow_links
 
     Read past the page cache where the file system allows it: filling it costs as much as hashing.
     """
-    memory = memoryview(mmap.mmap(-1, _HASH_BYTES))  # direct reads need aligned memory
+    memory = Landing().take(_HASH_BYTES)
     with (
         contained.opened(directory, name, follow_links) as fd,
         contained.opened_direct(directory, name, follow_links) as direct_fd,

@@ -32,9 +32,7 @@ def flash(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def smallest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A flash sample of one layer and 0.9 MB, for what is done a thousand times. Nobody writes into it."""
     path = tmp_path_factory.mktemp("tiny") / "smallest"
-    return tiny.make_sample(
-        "flash", path, layers=1, hidden=128, intermediate=32, experts=6, heads=2, vocab=512
-    )
+    return tiny.make_sample("flash", path, **tiny.SMALLEST)
 
 
 @pytest.fixture

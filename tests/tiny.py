@@ -7,6 +7,7 @@ Files of a copy are hard links into the sample, so they are replaced, never writ
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 from dsv4ckpt import plan, sample, source, survey
 
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
+SMALLEST = {"layers": 1, "hidden": 128, "intermediate": 32, "experts": 6, "heads": 2, "vocab": 512}  # 0.9 MB
 EMBED, FIRST_LAYER = "model-00001-of-00007.safetensors", "model-00002-of-00007.safetensors"
 
 
@@ -118,6 +120,15 @@ def copy_of(directory: Path, target: Path) -> Path:
             copy.parent.mkdir(parents=True, exist_ok=True)
             os.link(file, copy)
     return target
+
+
+def tree_of(directory: Path, *, without: str = "") -> dict[str, str]:
+    """SHA-256 of every file below a directory, but those in folders of the name `without`."""
+    return {
+        str(name): hashlib.sha256((directory / name).read_bytes()).hexdigest()
+        for name in sorted(file.relative_to(directory) for file in directory.rglob("*") if file.is_file())
+        if without not in name.parts
+    }
 
 
 def survey_of(directory: Path, *, follow_links: bool = False) -> survey.Survey:

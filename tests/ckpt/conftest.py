@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 from dsv4ckpt import plan, run, sample, source, survey
@@ -49,15 +49,6 @@ def convert() -> Callable[..., run.Summary]:
     return convert_to
 
 
-def tree(directory: Path) -> dict[str, str]:
-    """SHA-256 of every file below a directory."""
-    return {
-        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(directory.rglob("*"))
-        if file.is_file()
-    }
-
-
 @pytest.fixture(scope="session")
 def tree_of() -> Callable[[Path], dict[str, str]]:
-    return tree
+    return tiny.tree_of

@@ -12,7 +12,7 @@ import pytest
 from dsv4ckpt import probe
 from dsv4ckpt.errors import Environment
 
-ALL = (probe.is_there, probe.leads_somewhere, probe.is_directory, probe.is_link)
+ALL = (probe.is_there, probe.leads_somewhere, probe.is_directory, probe.is_real_directory, probe.is_link)
 
 
 @pytest.fixture
@@ -34,6 +34,7 @@ def places(tmp_path: Path) -> dict[str, str]:
         (probe.is_there, {"file", "directory", "link", "linked directory", "dangling", "loop"}),
         (probe.leads_somewhere, {"file", "directory", "link", "linked directory"}),
         (probe.is_directory, {"directory", "linked directory"}),
+        (probe.is_real_directory, {"directory"}),
         (probe.is_link, {"link", "linked directory", "dangling", "loop"}),
     ],
 )

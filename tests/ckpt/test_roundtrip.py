@@ -5,7 +5,6 @@ The oracle is the sample itself: its files are compared with what comes back by 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 from collections.abc import Callable
@@ -50,11 +49,7 @@ def convert(
 
 def files_of(directory: Path) -> dict[str, str]:
     """SHA-256 of every file that is not our own bookkeeping."""
-    return {
-        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(directory.rglob("*"))
-        if file.is_file() and file.name not in OURS
-    }
+    return {name: sha256 for name, sha256 in tiny.tree_of(directory).items() if Path(name).name not in OURS}
 
 
 @pytest.mark.slow

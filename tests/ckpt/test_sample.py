@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 
@@ -41,14 +42,6 @@ def loaded(directory: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def hashes(directory: Path) -> dict[str, str]:
-    return {
-        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in directory.rglob("*")
-        if file.is_file()
-    }
-
-
 def written(directory: Path, **options: Any) -> Path:
     sample.write_sample(plan_sample(SampleOptions(**options)), str(directory))
     return directory
@@ -59,12 +52,12 @@ def written(directory: Path, **options: Any) -> Path:
 
 @pytest.mark.slow
 def test_same_seed_gives_the_same_bytes(sample_of: SampleOf, tmp_path: Path) -> None:
-    assert hashes(written(tmp_path / "again")) == hashes(sample_of("flash"))
+    assert tiny.tree_of(written(tmp_path / "again")) == tiny.tree_of(sample_of("flash"))
 
 
 @pytest.mark.slow
 def test_other_seed_changes_every_shard_and_nothing_else(sample_of: SampleOf, tmp_path: Path) -> None:
-    first, second = hashes(sample_of("flash")), hashes(written(tmp_path / "other", seed=1))
+    first, second = tiny.tree_of(sample_of("flash")), tiny.tree_of(written(tmp_path / "other", seed=1))
     assert first.keys() == second.keys()
     changed = {name for name in first if first[name] != second[name]}
     assert changed == {name for name in first if name.endswith(".safetensors")}
@@ -145,6 +138,7 @@ def test_headers_have_no_metadata_like_the_released_ones(release: str, sample_of
         assert b"__metadata__" not in raw[8 : 8 + int.from_bytes(raw[:8], "little")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", RELEASES)
 def test_names_and_dtypes_are_those_of_the_release(release: str, sample_of: SampleOf) -> None:
     """Layers 0 to 3 and the stages of the released inventory, with 8 experts, and the opaque side."""
@@ -337,6 +331,7 @@ def test_scales_are_finite_powers_of_two_near_the_fan_in(release: str, sample_of
         assert found.unique().numel() >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", RELEASES)
 def test_floats_are_finite_and_vary(release: str, sample_of: SampleOf) -> None:
     for name, value in loaded(sample_of(release)).items():

@@ -17,15 +17,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trials import Conversion, attempt, leftovers, torn, tree
+from trials import Conversion, attempt, leftovers, smallest_sample, torn, tree
 
 from dsv4ckpt import outdir, sample, sink
 from dsv4ckpt.errors import Dsv4Error
-from dsv4ckpt.plan import space_needed
 
 PAGE = 4096
 PLENTY = ("size=256M", "nr_inodes=10000")
-SMALLEST = {"layers": 1, "hidden": 128, "intermediate": 32, "experts": 6, "heads": 2, "vocab": 512}
 
 Work = Callable[[Path], None]  # (directory)
 
@@ -115,10 +113,10 @@ def steps(most: int, count: int) -> Iterator[int]:
 def writer(what: str, src: str) -> tuple[Work, int]:
     """The work, and the bytes that it asks the free-space check for. what: "sample", or a target of `src`"""
     if what == "sample":
-        planned = sample.plan_sample(sample.SampleOptions(release="flash", **SMALLEST))
-        return lambda out: sample.write_sample(planned, str(out)), space_needed(planned.total_bytes)
+        planned = smallest_sample()
+        return lambda out: sample.write_sample(planned, str(out)), outdir.space_needed(planned.total_bytes)
     conversion = Conversion(src, what)
-    return conversion.into, space_needed(conversion.plan.total_bytes)
+    return conversion.into, outdir.space_needed(conversion.plan.total_bytes)
 
 
 def main(what: str, src: str, base: Path, case: str, count: int) -> list[dict[str, Any]]:

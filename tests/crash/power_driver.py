@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trials import Conversion, attempt, ended, leftovers, start, torn, tree
+from trials import Conversion, attempt, ended, leftovers, smallest_sample, start, torn, tree
 
 from dsv4ckpt import outdir, sample, sink
 from dsv4ckpt.errors import EXIT_ENVIRONMENT, ForeignOutput
@@ -34,7 +34,6 @@ DISK_BYTES = 64 * 1024 * 1024
 CUTS_PER_OUTPUT = 2
 MAX_TRIES = 5  # per cut: some come when the work is done
 ENDS = (0, EXIT_ENVIRONMENT, -signal.SIGKILL)  # of a writer whose disk went away
-SMALLEST = {"layers": 1, "hidden": 128, "intermediate": 32, "experts": 6, "heads": 2, "vocab": 512}
 
 Work = Callable[[Path, int], None]  # (directory, number of workers)
 
@@ -173,7 +172,7 @@ def writer(what: str, src: str) -> Work:
     """what: "sample", or the target of a conversion of `src`"""
     if what != "sample":
         return Conversion(src, what).into
-    planned = sample.plan_sample(sample.SampleOptions(release="flash", **SMALLEST))
+    planned = smallest_sample()
 
     def write(out: Path, workers: int) -> None:
         with contextlib.suppress(ForeignOutput):  # a whole sample is not written again: its files are judged

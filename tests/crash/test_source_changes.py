@@ -401,12 +401,18 @@ def test_verify_values_of_a_checkpoint_that_changes_names_the_file(
         assert what.startswith("tensor 'layers.0.")
 
 
+@pytest.fixture
+def output(bf16: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A conversion of the test's own, and the shard of it that something happens to."""
+    own = Path(shutil.copytree(bf16, tmp_path / "own"))
+    return own, tiny.shard_of(own, TENSOR)
+
+
 @pytest.mark.parametrize("change", CUT_OFF)
 def test_verify_bytes_of_a_file_cut_off_while_it_is_hashed_names_it(
-    change: str, bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: str, output: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = Path(shutil.copytree(bf16, tmp_path / "own"))
-    victim = tiny.shard_of(own, TENSOR)
+    own, victim = output
     Accident(victim, CHANGES[change]).on_read(1, monkeypatch)
     with pytest.raises(SourceChanged) as raised:
         verify.verify_bytes(str(own))
@@ -414,10 +420,9 @@ def test_verify_bytes_of_a_file_cut_off_while_it_is_hashed_names_it(
 
 
 def test_verify_bytes_of_a_file_that_gives_an_io_error_names_it(
-    bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    output: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = Path(shutil.copytree(bf16, tmp_path / "own"))
-    victim = tiny.shard_of(own, TENSOR)
+    own, victim = output
     failing_reads(victim, 1, monkeypatch)
     with pytest.raises(Environment, match="Input/output error") as raised:
         verify.verify_bytes(str(own))
@@ -425,10 +430,9 @@ def test_verify_bytes_of_a_file_that_gives_an_io_error_names_it(
 
 
 def test_verify_bytes_of_a_file_rewritten_before_it_is_hashed_tells_that_it_differs(
-    bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    output: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = Path(shutil.copytree(bf16, tmp_path / "own"))
-    victim = tiny.shard_of(own, TENSOR)
+    own, victim = output
     Accident(victim, rewritten).on_read(1, monkeypatch)
     report = verify.verify_bytes(str(own))
     assert [file.name for file in report.files if file.verdict != "ok"] == [victim.name]

@@ -6,7 +6,6 @@ that an attempt costs milliseconds; it prints one JSON document, which the test 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -18,7 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsv4ckpt import original, plan, run, sidecar, source, survey
+sys.path.insert(1, str(Path(__file__).parents[1]))  # for a driver, which is no test and has no conftest
+import tiny
+
+from dsv4ckpt import original, plan, run, sample, sidecar, source, survey
 from dsv4ckpt.errors import Dsv4Error
 from dsv4ckpt.formats import MANIFEST_NAME, WORK_NAME, Target
 from dsv4ckpt.plan import ConvertOptions
@@ -39,11 +41,7 @@ def drive(driver: str, *arguments: object, timeout: int = 900) -> Any:
 
 def tree(directory: Path) -> dict[str, str]:
     """SHA-256 of every visible file; the work directory is not part of the output."""
-    return {
-        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(directory.rglob("*"))
-        if file.is_file() and WORK_NAME not in file.relative_to(directory).parts
-    }
+    return tiny.tree_of(directory, without=WORK_NAME)
 
 
 class Conversion:
@@ -59,6 +57,11 @@ class Conversion:
 
     def into(self, out: Path, workers: int = 2, **options: Any) -> None:
         run.execute(self.plan, self.checkpoint, str(out), num_workers=workers, **options)
+
+
+def smallest_sample() -> sample.Sample:
+    """What `sample` is to write: as the fixture `smallest`."""
+    return sample.plan_sample(sample.SampleOptions(release="flash", **tiny.SMALLEST))  # type: ignore[arg-type]
 
 
 def start(work: Callable[[], None]) -> int:

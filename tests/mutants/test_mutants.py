@@ -199,7 +199,7 @@ MUTANTS = (
     # ---- space, locks, signals
     Mutant(
         "space is asked for first",
-        "dsv4ckpt/run.py",
+        "dsv4ckpt/outdir.py",
         "    if free < needed:\n",
         "    if False:\n",
         f"{CONVERT} without_room",
