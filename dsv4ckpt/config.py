@@ -58,7 +58,7 @@ class ModelConfig:
     engram_width: int = 0  # width of a table row
 
 
-class _Fields:
+class Fields:
     """Typed, bounded access to one JSON object."""
 
     def __init__(self, fields: dict[str, Any], where: str) -> None:
@@ -125,7 +125,7 @@ def read(document: dict[str, Any]) -> ModelConfig:
             found=repr(model_type)[:80],
             do="name the directory of a DeepSeek-V4 or V4.1 checkpoint: dsv4 knows no other model",
         )
-    text = _Fields(_text(document), "" if model_type == V4 else "text_config.")
+    text = Fields(_text(document), "" if model_type == V4 else "text_config.")
     num_layers = text.count("num_hidden_layers", _MAX_LAYERS)
     ratios = text.counts("compress_ratios", 2**20)
     nextn = text.count("num_nextn_predict_layers", 8, least=0)
@@ -177,7 +177,7 @@ def read(document: dict[str, Any]) -> ModelConfig:
     return common if model_type == V4 else _with_v41(common, text)
 
 
-def _with_v41(common: ModelConfig, text: _Fields) -> ModelConfig:
+def _with_v41(common: ModelConfig, text: Fields) -> ModelConfig:
     layers = text.counts("engram_layer_ids", common.num_layers - 1)
     rows = text.counts("engram_num_embeddings", _MAX_ROWS)
     if len(layers) != len(rows):

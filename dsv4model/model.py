@@ -1,0 +1,285 @@
+"""The model: embedding, residual streams through blocks of attention and experts, head, and the MTP block.
+
+Read it from the bottom up, or the paper from the top down.  Knows no files, no training.
+Source: paper sec. 2; model.py of the reference.
+
+    B batch, S tokens, V vocabulary, H hidden, J streams
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dsv4ckpt.errors import Usage
+
+from .attention import Attention, Setting
+from .cache import Cache, LayerCache
+from .config import Config, is_kept_wide
+from .hyper import HyperConnection, HyperHead, spread
+from .layers import Linear, Module, RMSNorm, WideLinear
+from .moe import MoE
+from .packing import Packing, pack, shifted_left
+from .simulate import Simulation
+
+
+class Output(NamedTuple):
+    """What a forward pass gives."""
+
+    logits: Tensor  # [B, S, V] of the next token; float32 (float64 in a float64 model)
+    mtp_logits: (
+        Tensor | None
+    )  # [B, S, V] of the token after it; None: there is no MTP block, or no token to start from
+
+
+class Block(Module):
+    """One layer: attention, then experts, each between two mixings of the streams."""
+
+    def __init__(
+        self, config: Config, *, ratio: int, layer: int, hashes: bool, simulation: Simulation
+    ) -> None:
+        super().__init__()
+        self.attn_hc = HyperConnection(config)
+        self.input_layernorm = RMSNorm(config.hidden, config.norm_eps)
+        self.self_attn = Attention(config, ratio, layer, simulation)
+        self.ffn_hc = HyperConnection(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden, config.norm_eps)
+        self.mlp = MoE(config, simulation, hashes=hashes)
+
+    def forward(
+        self, streams_BSJH: Tensor, token_ids: Tensor | None, setting: Setting, cache: LayerCache | None
+    ) -> Tensor:
+        x, post, comb = self.attn_hc(streams_BSJH)
+        out = self.self_attn(self.input_layernorm(x), setting, cache)
+        streams_BSJH = spread(out, streams_BSJH, post, comb)
+        x, post, comb = self.ffn_hc(streams_BSJH)
+        out = self.mlp(self.post_attention_layernorm(x), token_ids)
+        streams_BSJH = spread(out, streams_BSJH, post, comb)
+        self.show("out", streams_BSJH)
+        return streams_BSJH
+
+
+class MtpBlock(Block):
+    """Predicts one token further, from the last streams and the next token's embedding (paper sec. 2.4)."""
+
+    def __init__(self, config: Config, simulation: Simulation) -> None:
+        super().__init__(config, ratio=0, layer=config.num_layers, hashes=False, simulation=simulation)
+        self.enorm = RMSNorm(config.hidden, config.norm_eps)
+        self.hnorm = RMSNorm(config.hidden, config.norm_eps)
+        self.e_proj = Linear(config.hidden, config.hidden, simulation.prepare)
+        self.h_proj = Linear(config.hidden, config.hidden, simulation.prepare)
+        self.hc_head = HyperHead(config)
+        self.norm = RMSNorm(config.hidden, config.norm_eps)
+
+    def hidden(
+        self, streams_BSJH: Tensor, next_BSH: Tensor, setting: Setting, cache: LayerCache | None
+    ) -> Tensor:
+        """What the head takes, [B, S, H]."""
+        ahead = self.e_proj(self.enorm(next_BSH)).unsqueeze(2)  # the same for every stream
+        streams = ahead + self.h_proj(self.hnorm(streams_BSJH))
+        self.show("in", streams)
+        collapsed = self.hc_head(self(streams, None, setting, cache))
+        self.show("collapsed", collapsed)
+        normed: Tensor = self.norm(collapsed)
+        self.show("norm", normed)
+        return normed
+
+
+class Backbone(Module):
+    """Embedding, layers, final collapse and norm."""
+
+    def __init__(self, config: Config, simulation: Simulation) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab, config.hidden)
+        self.layers = nn.ModuleList(
+            Block(
+                config, ratio=ratio, layer=layer, hashes=layer < config.num_hash_layers, simulation=simulation
+            )
+            for layer, ratio in enumerate(config.compress_ratios)
+        )
+        self.hc_head = HyperHead(config)
+        self.norm = RMSNorm(config.hidden, config.norm_eps)
+        self.num_streams = config.hc_mult
+
+    def forward(
+        self,
+        embedded_BSH: Tensor,
+        token_ids: Tensor | None,
+        settings: dict[int, Setting],
+        caches: Iterable[LayerCache | None],
+        ratios: tuple[int, ...],
+    ) -> tuple[Tensor, Tensor]:
+        """The last streams [B, S, J, H], and what the head takes [B, S, H]."""
+        self.show("embed", embedded_BSH)
+        streams = embedded_BSH.unsqueeze(2).expand(-1, -1, self.num_streams, -1)
+        for block, ratio, cache in zip(self.layers, ratios, caches, strict=True):
+            streams = block(streams, token_ids, settings[ratio], cache)
+        collapsed = self.hc_head(streams)
+        self.show("final.collapsed", collapsed)
+        normed = self.norm(collapsed)
+        self.show("final.norm", normed)
+        return streams, normed
+
+
+class Embedding(Module):
+    """Rows of a table [V, H]."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, width))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.embedding(ids, self.weight)
+
+
+class Model(Module):
+    """DeepSeek-V4. Parameters are called as transformers calls them; `load` fills them."""
+
+    unused: tuple[
+        str, ...
+    ] = ()  # tensors of the checkpoint that are no part of this model, by released names
+
+    def __init__(self, config: Config, simulation: Simulation | None = None) -> None:
+        super().__init__()
+        simulation = simulation or Simulation()
+        self.config = config
+        self.model = Backbone(config, simulation)
+        self.mtp = nn.ModuleList(MtpBlock(config, simulation) for _ in range(config.num_mtp))
+        self.lm_head = WideLinear(config.hidden, config.vocab)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        next_ids: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Output:
+        """Logits for every position.
+
+        input_ids      int64 [B, S]
+        next_ids       int64 [B, S] the tokens that follow them, for the MTP block; None: input_ids shifted left, with
+                       the end token after the last of a document. With a cache, mtp_logits need them
+        documents      [B, S] number of each token's document: documents in one row do not see each other. Padding is a
+                       document of its own
+        cache          of the tokens before, which grows by these; one document per row
+        inputs_embeds  [B, S, H] in place of embedded input_ids; hash layers need the ids as well
+        raises         Usage for what cannot be computed, before anything is
+        """
+        packing = self._checked(input_ids, next_ids, documents, cache, inputs_embeds)
+        x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        ratios = self.config.compress_ratios
+        settings = {r: Setting.of(self.config, r, packing, x.dtype) for r in {0, *ratios}}
+        caches: Iterable[LayerCache | None] = cache.layers if cache else [None] * len(ratios)
+        streams, hidden = self.model(x, input_ids, settings, caches, ratios)
+        logits = self.lm_head(hidden)
+        self.show("logits", logits)
+        mtp_logits = None
+        if self.mtp and next_ids is None and input_ids is not None and cache is None:
+            next_ids = shifted_left(input_ids, documents, self.config.eos)
+        if self.mtp and next_ids is not None:
+            mtp_logits = self._mtp_logits(streams, next_ids, settings[0], cache)
+        if cache is not None:
+            cache.length += x.shape[1]
+        return Output(logits, mtp_logits)
+
+    def _mtp_logits(self, streams: Tensor, next_ids: Tensor, setting: Setting, cache: Cache | None) -> Tensor:
+        block = self.mtp[0]
+        assert isinstance(block, MtpBlock)
+        hidden = block.hidden(
+            streams, self.model.embed_tokens(next_ids), setting, cache.mtp[0] if cache else None
+        )
+        logits: Tensor = self.lm_head(hidden)
+        self.show("mtp.0.logits", logits)
+        return logits
+
+    def _checked(
+        self,
+        input_ids: Tensor | None,
+        next_ids: Tensor | None,
+        documents: Tensor | None,
+        cache: Cache | None,
+        inputs_embeds: Tensor | None,
+    ) -> Packing:
+        config = self.config
+        if input_ids is None and inputs_embeds is None:
+            raise Usage("the model needs input_ids", do="hand over token ids [B, S], or inputs_embeds")
+        if input_ids is None and config.num_hash_layers:
+            raise Usage(
+                "inputs_embeds alone is not enough: the hash layers pick experts by token id",
+                expected=f"input_ids too, for the first {config.num_hash_layers} layers",
+                do="hand over input_ids as well",
+            )
+        first = inputs_embeds if input_ids is None else input_ids
+        assert first is not None
+        shape, device = first.shape[:2], first.device
+        for name, ids in (("input_ids", input_ids), ("next_ids", next_ids)):
+            if ids is not None:
+                _require_ids(name, ids, shape, config.vocab)
+        if inputs_embeds is not None and inputs_embeds.shape != (*shape, config.hidden):
+            raise Usage(
+                "inputs_embeds does not fit",
+                expected=f"shape {[*shape, config.hidden]}",
+                found=f"shape {list(inputs_embeds.shape)}",
+                do="hand over one embedding per token",
+            )
+        past = cache.length if cache else 0
+        if past + shape[1] > config.max_positions:
+            raise Usage(
+                "the sequence is longer than the model's positions allow",
+                expected=f"at most {config.max_positions:,} tokens, which is max_position_embeddings",
+                found=f"{past + shape[1]:,} tokens",
+                do="cut the sequence",
+            )
+        return pack(shape, device, documents, past)
+
+
+def _require_ids(name: str, ids: Tensor, shape: torch.Size, vocab: int) -> None:
+    """raises Usage"""
+    if ids.dim() != 2 or ids.shape != shape or ids.dtype != torch.int64 or not ids.numel():
+        raise Usage(
+            f"{name} is no batch of token ids",
+            expected=f"int64 [B, S] with at least one token{'' if ids.shape == shape else ', as input_ids'}",
+            found=f"{str(ids.dtype).removeprefix('torch.')} {list(ids.shape)}",
+            do="hand over a tensor of int64 with one row per sequence",
+        )
+    least, most = int(ids.min()), int(ids.max())
+    if least < 0 or most >= vocab:
+        raise Usage(
+            f"{name} holds a token id that the vocabulary does not have",
+            expected=f"0 to {vocab - 1}",
+            found=str(least if least < 0 else most),
+            do="use the tokenizer that belongs to this checkpoint",
+        )
+
+
+def dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a floating parameter or buffer is held in, in a model of this dtype."""
+    return torch.float32 if is_kept_wide(name) and dtype != torch.float64 else dtype
+
+
+@torch.no_grad()
+def initialize(model: Model, generator: torch.Generator) -> None:
+    """Weights to train from scratch with: normal with the config's deviation, norms 1, biases and sinks 0.
+
+    Streams start out equal and are read with equal weight; hash tables spread the token ids over the experts evenly.
+    """
+    for name, parameter in model.named_parameters():
+        leaf, owner = name.split(".")[-1], name.split(".")[-2]
+        if owner.endswith("norm"):
+            parameter.fill_(1)
+        elif leaf in ("sinks", "position_bias", "base", "hc_base"):
+            parameter.zero_()
+        elif leaf in ("scale", "hc_scale"):
+            parameter.fill_(1)
+        else:
+            parameter.normal_(0, model.config.init_std, generator=generator)
+    for name, buffer in model.named_buffers():
+        if name.endswith("tid2eid"):
+            rows = [torch.randperm(model.config.num_experts, generator=generator) for _ in range(len(buffer))]
+            buffer.copy_(torch.stack(rows)[:, : buffer.shape[1]])
+        else:
+            buffer.zero_()
