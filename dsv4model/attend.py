@@ -85,8 +85,9 @@ def _attend_chunk(q_BCND: Tensor, kv_BLD: Tensor, entries: Tensor, sinks_N: Tens
     to_keys = (q.flatten(1, 2) @ keys.mT).view(batch, count, heads, -1)
     to_entries = q.flatten(1, 2) @ entries.mT if of_all else q @ entries.mT
     scores = torch.cat((to_keys, to_entries.view(batch, count, heads, -1)), -1) * width**-0.5
-    hidden = ~torch.cat((sees_keys_BCL, sees_entries_BCK), -1).unsqueeze(2)
-    scores = scores.masked_fill(hidden, float("-inf"))
+    masks = (sees_keys_BCL, sees_entries_BCK)
+    sees = torch.cat([mask.expand(batch, -1, -1) for mask in masks], -1).unsqueeze(2)
+    scores = scores.masked_fill(~sees, float("-inf"))
     sink = wide(sinks_N)[:, None].expand(batch, count, heads, 1)  # takes its share, and gives nothing
     weight = torch.softmax(torch.cat((scores, sink), -1), -1).to(dtype)[..., :-1]
     on_keys, on_entries = wide(weight).split((keys.shape[1], sees_entries_BCK.shape[-1]), -1)
@@ -195,6 +196,5 @@ def _flat_picks(picks_BCK: Tensor, num_entries: int) -> Tensor:
 
 def _run(part: _Part, inputs: list[Tensor], sinks: Tensor, turn: Turn, eps: float, view: View) -> Tensor:
     q, keys, entries = inputs
-    sees = [_sees_keys(view, part), _sees_entries(view, part, q.device)]
-    sees = [mask.expand(q.shape[0], -1, -1) for mask in sees]
+    sees = _sees_keys(view, part), _sees_entries(view, part, q.device)
     return _attend_chunk(q, keys, entries, sinks, turn.at(part.begin, part.end), eps, *sees)
