@@ -10,7 +10,6 @@ Source: paper sec. 2.3 (eq. 14-19, shared key-value heads, sinks); kernel.py spa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .layers import unit_rms, wide
-from .rope import Turn, rotate
+from .rope import Turn, rotate, rotate_
 
-_CHUNK = {"cpu": 64, "cuda": 512}  # queries at a time: on a CPU what stays in its second-level cache
+_CHUNK = {"cpu": 32, "cuda": 512}  # queries at a time: on a CPU what stays in its second-level cache
 
 
 class View(NamedTuple):
@@ -56,44 +55,29 @@ def attend(q_BSND: Tensor, kv_BLD: Tensor, entries_BTD: Tensor, sinks_N: Tensor,
     return out
 
 
-def attend_plain(q_BSND: Tensor, kv_BLD: Tensor, entries_BTD: Tensor, sinks_N: Tensor, turn: Turn, eps: float,
-                 view: View) -> Tensor:  # fmt: skip
-    """The slow twin: all queries against everything at once."""
-    length, num_entries = q_BSND.shape[1], entries_BTD.shape[1]
-    whole = _Part(0, length, slice(0, kv_BLD.shape[1]), slice(0, num_entries))
-    everything = view._replace(picks=None)
-    sees = _sees_entries(everything, whole, q_BSND.device)
+def attend_plain(
+    q_BSND: Tensor, kv_BLD: Tensor, entries_BTD: Tensor, sinks_N: Tensor, turn: Turn, eps: float, view: View
+) -> Tensor:
+    """The slow twin: the formulas, all queries against everything at once."""
+    whole = _Part(0, q_BSND.shape[1], slice(0, kv_BLD.shape[1]), slice(0, entries_BTD.shape[1]))
+    sees_keys, sees_entries = _sees_keys(view, whole), _sees_entries(view._replace(picks=None), whole)
     if view.picks is not None:
-        index = torch.arange(num_entries, device=q_BSND.device)
-        sees = sees & (view.picks.unsqueeze(-1) == index).any(2)
-    return _attend_chunk(q_BSND, kv_BLD, entries_BTD, sinks_N, turn, eps, _sees_keys(view, whole), sees)
+        entry = torch.arange(entries_BTD.shape[1], device=q_BSND.device)
+        sees_entries = sees_entries & (view.picks.unsqueeze(-1) == entry).any(2)
+    q, heads = wide(queries(q_BSND, turn, eps)), q_BSND.shape[2]
+    seen_BLD = wide(torch.cat((kv_BLD, entries_BTD), 1))
+    sees = torch.cat([mask.expand(len(q), -1, -1) for mask in (sees_keys, sees_entries)], -1)
+    scores = torch.einsum("bsnd,bld->bsnl", q, seen_BLD) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~sees.unsqueeze(2), float("-inf"))
+    sink = wide(sinks_N)[:, None].expand(*q.shape[:2], heads, 1)  # takes its share, and gives nothing
+    share = torch.softmax(torch.cat((scores, sink), -1), -1).to(q_BSND.dtype)[..., :-1]
+    out = torch.einsum("bsnl,bld->bsnd", wide(share), seen_BLD)
+    return rotate(out, turn.back()).to(q_BSND.dtype)
 
 
 def queries(q_BSND: Tensor, turn: Turn, eps: float) -> Tensor:
     """Every head over its own RMS (no weight), then rotated."""
     return rotate(unit_rms(wide(q_BSND), eps).to(q_BSND.dtype), turn)
-
-
-def _attend_chunk(q_BCND: Tensor, kv_BLD: Tensor, entries: Tensor, sinks_N: Tensor, turn: Turn, eps: float,
-                  sees_keys_BCL: Tensor, sees_entries_BCK: Tensor) -> Tensor:  # fmt: skip
-    """The formulas, for some queries. entries [B, T, D] are the same for all, [B, C, K, D] are each query's own."""
-    dtype = q_BCND.dtype
-    q = wide(queries(q_BCND, turn, eps))
-    batch, count, heads, width = q.shape
-    keys, entries = wide(kv_BLD), wide(entries)
-    of_all = entries.dim() == 3
-    to_keys = (q.flatten(1, 2) @ keys.mT).view(batch, count, heads, -1)
-    to_entries = q.flatten(1, 2) @ entries.mT if of_all else q @ entries.mT
-    scores = torch.cat((to_keys, to_entries.view(batch, count, heads, -1)), -1) * width**-0.5
-    masks = (sees_keys_BCL, sees_entries_BCK)
-    sees = torch.cat([mask.expand(batch, -1, -1) for mask in masks], -1).unsqueeze(2)
-    scores = scores.masked_fill(~sees, float("-inf"))
-    sink = wide(sinks_N)[:, None].expand(batch, count, heads, 1)  # takes its share, and gives nothing
-    weight = torch.softmax(torch.cat((scores, sink), -1), -1).to(dtype)[..., :-1]
-    on_keys, on_entries = wide(weight).split((keys.shape[1], sees_entries_BCK.shape[-1]), -1)
-    out = (on_keys.flatten(1, 2) @ keys).view(q.shape)
-    seen = on_entries.flatten(1, 2) @ entries if of_all else on_entries @ entries
-    return rotate(out + seen.view(q.shape), turn.back()).to(dtype)
 
 
 def _sees_keys(view: View, part: _Part) -> Tensor:
@@ -105,11 +89,11 @@ def _sees_keys(view: View, part: _Part) -> Tensor:
     return (key >= first.unsqueeze(-1)) & (key <= own[:, None])
 
 
-def _sees_entries(view: View, part: _Part, device: torch.device) -> Tensor:
+def _sees_entries(view: View, part: _Part) -> Tensor:
     """bool [B or 1, C, K]"""
     if view.picks is not None:
         return view.picks[:, part.begin : part.end] >= 0
-    entry = torch.arange(part.entries.start, part.entries.stop, device=device)
+    entry = torch.arange(part.entries.start, part.entries.stop, device=view.first.device)
     first, end = (bound[:, part.begin : part.end].unsqueeze(-1) for bound in (view.first, view.end))
     return (entry >= first) & (entry < end)
 
@@ -131,70 +115,125 @@ def _parts(view: View, length: int, device: torch.device) -> list[_Part]:
 
 
 class _Attend(torch.autograd.Function):
-    """Chunk by chunk, twice."""
+    """Chunk by chunk; backward makes the shares again instead of keeping them."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, kv: Tensor, entries: Tensor, sinks: Tensor, turn: Turn, eps: float, view: View
-                ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(q, kv, entries, sinks)
-        ctx.rest = turn, eps, view
+    def forward(
+        ctx: Any, q: Tensor, kv: Tensor, entries: Tensor, sinks: Tensor, turn: Turn, eps: float, view: View
+    ) -> Tensor:
         out = torch.empty_like(q)
-        for part, inputs in _chunks(q, kv, entries, view):
-            out[:, part.begin : part.end] = _run(part, inputs, sinks, turn, eps, view)
+        for part in _parts(view, q.shape[1], q.device):
+            chunk = _Chunk(part, q, kv, entries, sinks, turn, eps, view)
+            mixed = chunk.mix(chunk.rounded(chunk.share()))
+            out[:, part.begin : part.end] = rotate_(mixed, chunk.turn.back())
+        ctx.save_for_backward(q, kv, entries, sinks, out)
+        ctx.rest = turn, eps, view
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, kv, entries, sinks = ctx.saved_tensors
-        turn, eps, view = ctx.rest
+        q, kv, entries, sinks, out = ctx.saved_tensors
         grad_q = torch.empty_like(q)
         grad_kv, grad_entries, grad_sinks = (torch.zeros_like(wide(x)) for x in (kv, entries, sinks))
-        for part, inputs in _chunks(q, kv, entries, view):
-            leaves = [*(x.detach().requires_grad_() for x in inputs), sinks.detach().requires_grad_()]
-            with torch.enable_grad():
-                out = _run(part, leaves[:3], leaves[3], turn, eps, view)
-            of_q, of_kv, of_entries, of_sinks = torch.autograd.grad(
-                out, leaves, grad[:, part.begin : part.end]
-            )
-            grad_q[:, part.begin : part.end] = of_q
-            grad_kv[:, part.keys] += of_kv
-            grad_sinks += of_sinks
-            if view.picks is None:
-                grad_entries[:, part.entries] += of_entries
-            else:
-                index = _flat_picks(view.picks[:, part.begin : part.end], entries.shape[1])
-                grad_entries.flatten(0, 1).index_add_(0, index, wide(of_entries).flatten(0, 2))
+        for part in _parts(ctx.rest[2], q.shape[1], q.device):
+            chunk = _Chunk(part, q, kv, entries, sinks, *ctx.rest)
+            share, rows = chunk.share(), slice(part.begin, part.end)
+            of_out = wide(grad[:, rows])
+            # d(softmax) = share * (d - sum(share * d)); that sum is grad . out, which no rotation changes
+            common = (of_out * wide(out[:, rows])).sum(-1, keepdim=True)
+            of_mixed = rotate_(of_out.clone(), chunk.turn)
+            grad_sinks -= (share[..., -1:] * common).sum((0, 1, 3))
+            of_scores = chunk.dots(of_mixed)[..., :-1].sub_(common).mul_(share[..., :-1])
+            chunk.add_to_keys(grad_kv, grad_entries, of_scores, chunk.q)
+            chunk.add_to_keys(grad_kv, grad_entries, chunk.rounded(share), of_mixed)
+            grad_q[:, rows] = chunk.before_queries(chunk.mix(of_scores))
         return (
-            grad_q,
-            grad_kv.to(kv.dtype),
-            grad_entries.to(entries.dtype),
-            grad_sinks.to(sinks.dtype),
-            None,
-            None,
-            None,
-        )
+            grad_q, grad_kv.to(kv.dtype), grad_entries.to(entries.dtype), grad_sinks.to(sinks.dtype), None, None, None
+        )  # fmt: skip
 
 
-def _chunks(q: Tensor, kv: Tensor, entries: Tensor, view: View) -> Iterator[tuple[_Part, list[Tensor]]]:
-    """Each chunk's queries, keys and entries."""
-    for part in _parts(view, q.shape[1], q.device):
-        if view.picks is None:
-            seen = entries[:, part.entries]
+class _Chunk:
+    """Some queries with what they can see, in float32. Shares are [B, C, N, keys + entries + the sink]."""
+
+    def __init__(
+        self, part: _Part, q: Tensor, kv: Tensor, entries: Tensor, sinks: Tensor, turn: Turn, eps: float, view: View
+    ) -> None:  # fmt: skip
+        self.part, self.view, self.sinks, self.eps = part, view, sinks, eps
+        self.turn = turn.at(part.begin, part.end)
+        self.projected = q[:, part.begin : part.end]
+        self.scale = q.shape[-1] ** -0.5
+        self.q = wide(self._normed().to(q.dtype)) * self.scale
+        rotate_(self.q, self.turn)
+        self.keys = wide(kv[:, part.keys])
+        self.picks = None if view.picks is None else view.picks[:, part.begin : part.end]
+        if self.picks is None:
+            self.entries = wide(entries[:, part.entries])  # [B, K, D], the same for all queries
+        else:  # [B, C, K, D], each query's own
+            self.index = _flat_picks(self.picks, entries.shape[1])
+            self.entries = wide(entries.flatten(0, 1).index_select(0, self.index).view(*self.picks.shape, -1))
+
+    def dots(self, x_BCND: Tensor) -> Tensor:
+        """x . key and x . entry for all of them, and a free place for the sink."""
+        num_keys, num_entries = self.keys.shape[-2], self.entries.shape[-2]
+        out = x_BCND.new_empty(*x_BCND.shape[:3], num_keys + num_entries + 1)
+        flat = out.flatten(1, 2)
+        torch.bmm(x_BCND.flatten(1, 2), self.keys.mT, out=flat[..., :num_keys])
+        if self.picks is None:
+            torch.bmm(x_BCND.flatten(1, 2), self.entries.mT, out=flat[..., num_keys:-1])
         else:
-            picks = view.picks[:, part.begin : part.end]
-            index = _flat_picks(picks, entries.shape[1])
-            seen = entries.flatten(0, 1).index_select(0, index).view(*picks.shape, entries.shape[2])
-        yield part, [q[:, part.begin : part.end], kv[:, part.keys], seen]
+            out[..., num_keys:-1] = x_BCND @ self.entries.mT
+        return out
+
+    def share(self) -> Tensor:
+        """Softmax over everything visible and the sink, which takes its share and gives nothing."""
+        scores = self.dots(self.q)
+        scores[..., -1] = self.sinks
+        num_keys = self.keys.shape[-2]
+        scores[..., :num_keys].masked_fill_(~_sees_keys(self.view, self.part).unsqueeze(2), float("-inf"))
+        hidden = ~_sees_entries(self.view, self.part).unsqueeze(2)
+        scores[..., num_keys:-1].masked_fill_(hidden, float("-inf"))
+        return torch.softmax(scores, -1)
+
+    def rounded(self, share: Tensor) -> Tensor:
+        """The shares as the reference multiplies them with values: in the activations' dtype."""
+        return wide(share.to(self.projected.dtype))[..., :-1]
+
+    def mix(self, share: Tensor) -> Tensor:
+        """The sum of keys and entries by their shares, [B, C, N, D]. A share of the sink is left out."""
+        share = (
+            self.rounded(share) if share.shape[-1] > self.keys.shape[-2] + self.entries.shape[-2] else share
+        )
+        on_keys, on_entries = share.split((self.keys.shape[-2], self.entries.shape[-2]), -1)
+        out = torch.bmm(on_keys.flatten(1, 2), self.keys)
+        if self.picks is None:
+            return out.baddbmm_(on_entries.flatten(1, 2), self.entries).view(self.q.shape)
+        return out.view(self.q.shape) + on_entries @ self.entries
+
+    def add_to_keys(self, grad_kv: Tensor, grad_entries: Tensor, share: Tensor, x_BCND: Tensor) -> None:
+        """Add each key's and entry's sum of x by their shares."""
+        on_keys, on_entries = share.split((self.keys.shape[-2], self.entries.shape[-2]), -1)
+        flat = x_BCND.flatten(1, 2)
+        grad_kv[:, self.part.keys].baddbmm_(on_keys.flatten(1, 2).mT, flat)
+        if self.picks is None:
+            grad_entries[:, self.part.entries].baddbmm_(on_entries.flatten(1, 2).mT, flat)
+        else:
+            grad_entries.flatten(0, 1).index_add_(0, self.index, (on_entries.mT @ x_BCND).flatten(0, 2))
+
+    def before_queries(self, grad_BCND: Tensor) -> Tensor:
+        """The gradient of the projected queries from that of the scaled, rotated ones."""
+        grad = rotate_(grad_BCND * self.scale, self.turn.back())
+        normed = self._normed()
+        return (grad - normed * (grad * normed).mean(-1, keepdim=True)) * self._inverse_rms()
+
+    def _normed(self) -> Tensor:
+        return wide(self.projected) * self._inverse_rms()
+
+    def _inverse_rms(self) -> Tensor:
+        return torch.rsqrt(wide(self.projected).square().mean(-1, keepdim=True) + self.eps)
 
 
 def _flat_picks(picks_BCK: Tensor, num_entries: int) -> Tensor:
-    """Rows of entries [B * T, D]; where nothing is picked, the row's first, whose weight is 0."""
+    """Rows of entries [B * T, D]; where nothing is picked, the row's first, whose share is 0."""
     row = torch.arange(picks_BCK.shape[0], device=picks_BCK.device)[:, None, None] * num_entries
     return (picks_BCK.clamp_min(0) + row).flatten()
-
-
-def _run(part: _Part, inputs: list[Tensor], sinks: Tensor, turn: Turn, eps: float, view: View) -> Tensor:
-    q, keys, entries = inputs
-    sees = _sees_keys(view, part), _sees_entries(view, part, q.device)
-    return _attend_chunk(q, keys, entries, sinks, turn.at(part.begin, part.end), eps, *sees)

@@ -21,7 +21,10 @@ from .packing import Groups
 from .rope import Turn, rotate
 from .simulate import KV_GROUP, Simulation, fp4_groups, fp8_groups, hadamard
 
-_SCORES = 2**24  # indexer scores at a time
+_SCORES, _QUERIES = (
+    2**24,
+    256,
+)  # of the indexer at a time: bounds memory, and what is scored though nobody sees it
 
 
 class Pool(Module):
@@ -99,7 +102,7 @@ class Indexer(Pool):
         """
         batch, length, heads, _ = q_BSAD.shape
         num_entries = keys_BTD.shape[1]
-        size = max(1, _SCORES // max(1, batch * heads * num_entries))
+        size = max(1, min(_QUERIES, _SCORES // max(1, batch * heads * num_entries)))
         picked = []
         for begin in range(0, length, size):
             part = slice(begin, min(begin + size, length))

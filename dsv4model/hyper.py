@@ -69,7 +69,7 @@ def mixing_logits(streams_BSJH: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
 
 def collapse(streams_BSJH: Tensor, pre_BSJ: Tensor) -> Tensor:
     """The weighted sum of the streams."""
-    return (pre_BSJ.unsqueeze(-1) * wide(streams_BSJH)).sum(2).to(streams_BSJH.dtype)
+    return (pre_BSJ.unsqueeze(-2) @ wide(streams_BSJH)).squeeze(-2).to(streams_BSJH.dtype)
 
 
 def spread(out_BSH: Tensor, streams_BSJH: Tensor, post_BSK: Tensor, comb_BSJK: Tensor) -> Tensor:
@@ -85,7 +85,10 @@ def doubly_stochastic(logits_BSJK: Tensor, iters: int, eps: float) -> Tensor:
     """
     logits_JKT = logits_BSJK.flatten(0, 1).permute(1, 2, 0).contiguous()  # sums over the outer axes are fast
     comb_JKT = checkpoint(_sinkhorn, logits_JKT, iters, eps, use_reentrant=False)
-    return comb_JKT.permute(2, 0, 1).reshape(logits_BSJK.shape)
+    by_stream_BSKJ = (
+        comb_JKT.permute(2, 1, 0).contiguous().view(logits_BSJK.shape)
+    )  # as `spread` multiplies with it
+    return by_stream_BSKJ.mT
 
 
 def _sinkhorn(logits_JKT: Tensor, iters: int, eps: float) -> Tensor:

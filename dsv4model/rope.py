@@ -16,18 +16,17 @@ from .layers import wide
 
 
 class Turn(NamedTuple):
-    """The angles of some positions: cos and sin, float32 [B or 1, S, R/2] for R rotated dimensions."""
+    """The angles of some positions, as complex numbers of length 1: [B or 1, S, R/2] for R rotated dimensions."""
 
-    cos: Tensor
-    sin: Tensor
+    cis: Tensor  # complex64, of a float64 model complex128
 
     def back(self) -> Turn:
         """The opposite angles."""
-        return Turn(self.cos, -self.sin)
+        return Turn(self.cis.conj().resolve_conj())
 
     def at(self, begin: int, end: int) -> Turn:
         """The angles of positions begin..end - 1."""
-        return Turn(self.cos[:, begin:end], self.sin[:, begin:end])
+        return Turn(self.cis[:, begin:end])
 
 
 def frequencies(config: Config, ratio: int) -> Tensor:
@@ -62,7 +61,7 @@ def turn(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> Turn:
     """The angles of these positions [B or 1, S], in float64 for a float64 model and else in float32."""
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     angle = positions[..., None].to(exact) * inv_freq.to(positions.device, exact)
-    return Turn(angle.cos(), angle.sin())
+    return Turn(torch.polar(torch.ones_like(angle), angle))
 
 
 def rotate(x: Tensor, turn: Turn) -> Tensor:
@@ -70,9 +69,20 @@ def rotate(x: Tensor, turn: Turn) -> Tensor:
 
     x        [B, S, D], or [B, S, N, D] with the same angle for all heads
     """
-    cos, sin = turn if x.dim() == 3 else (turn.cos.unsqueeze(2), turn.sin.unsqueeze(2))
-    num_rotated = 2 * cos.shape[-1]
-    still, turned = x[..., :-num_rotated], wide(x[..., -num_rotated:]).unflatten(-1, (-1, 2))
-    even, odd = turned.unbind(-1)
-    pairs = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
-    return torch.cat((still, pairs.flatten(-2).to(x.dtype)), -1)
+    still = x.shape[-1] - 2 * turn.cis.shape[-1]
+    pairs = _pairs(wide(x[..., still:])) * _for_heads(turn, x)
+    return torch.cat((x[..., :still], torch.view_as_real(pairs).flatten(-2).to(x.dtype)), -1)
+
+
+def rotate_(x: Tensor, turn: Turn) -> Tensor:
+    """The same in place, for float32 or float64 without gradient."""
+    _pairs(x[..., x.shape[-1] - 2 * turn.cis.shape[-1] :]).mul_(_for_heads(turn, x))
+    return x
+
+
+def _pairs(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+
+
+def _for_heads(turn: Turn, x: Tensor) -> Tensor:
+    return turn.cis if x.dim() == 3 else turn.cis.unsqueeze(2)
