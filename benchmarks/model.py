@@ -62,6 +62,10 @@ def their_model(dtype: torch.dtype, device: str) -> torch.nn.Module:
     return model.to(device)
 
 
+def loss_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+
+
 class Peak:
     """The highest resident memory of this process above what it was, in bytes."""
 
@@ -109,8 +113,7 @@ def measure(impl: str, length: int, dtype: str, device: str) -> dict[str, float]
             model(input_ids=ids).logits
 
     def both() -> None:
-        logits = model(input_ids=ids).logits
-        torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).backward()
+        loss_of(model(input_ids=ids).logits, ids).backward()
 
     whole, ids = ids, ids[:, :16]
     both()
@@ -149,8 +152,7 @@ def profile(length: int, dtype: str, device: str) -> None:
     ids = torch.randint(0, SIZES["vocab_size"], (1, length)).to(device)
 
     def both() -> None:
-        logits = model(input_ids=ids).logits
-        torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).backward()
+        loss_of(model(input_ids=ids).logits, ids).backward()
 
     both()
     with torch.profiler.profile() as found:

@@ -28,6 +28,9 @@ _VERBS = {
     "inspect": "Say what a checkpoint is, and what is wrong with it.",
     "convert": "Convert a checkpoint: streamed, resumable, bit for bit.",
     "verify": "Prove that a checkpoint is complete and right.",
+    "dump": "Run the model once and write its intermediate tensors.",
+    "parity": "Compare two dumps and find the first divergence.",
+    "generate": "Let a model continue a text, to see that it speaks.",
 }
 _OUR_BUG = 70
 _SECRETS = re.compile(  # a token of the Hub; what a request is signed with

@@ -45,6 +45,7 @@ SIDECAR_NAME = (
 )
 SUMS_NAME = "dsv4.sha256"  # lines as sha256sum writes them, so that anyone can check without us
 OUR_NAMES = (MANIFEST_NAME, SIDECAR_NAME, SUMS_NAME)  # beside what a checkpoint has
+MODEL_NAME = "model in memory"  # stands for the source's file where a manifest tells of a saved model
 WORK_NAME = ".dsv4"  # unfinished work in an output directory
 
 

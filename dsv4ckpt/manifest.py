@@ -48,6 +48,11 @@ class Manifest:
     num_inexact: int
     num_not_finite: int
 
+    @property
+    def is_of_a_model(self) -> bool:
+        """Whether a model was saved here: its values are new, and nothing vouches that they are those of a release."""
+        return any(listed.name == formats.MODEL_NAME for listed in self.source)
+
 
 def read_manifest(directory: str, *, follow_links: bool = False) -> Manifest | None:
     """Read a directory's manifest; None if it has none. raises BadManifest, UnsafePath, Environment"""

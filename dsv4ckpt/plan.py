@@ -272,8 +272,9 @@ def _leave_out_absent_scales(original: Original, target: Layout) -> None:
     """A release may lack the scales of a matrix (--unit-scale): so does what is made of it."""
     names = {name for _, _, entries in original.files for name in entries}
     for stored in [*target.stored.values()]:
-        weights = [target.weights[part.logical.name][0] for part in stored.parts]
-        if stored.leaf == "scale" and stored.name not in names and names.issuperset(weights):
+        weights = [part.logical.name for part in stored.parts]
+        scales = [name.removesuffix("weight") + "scale" for name in weights]  # both by their released names
+        if stored.leaf == "scale" and names.issuperset(weights) and names.isdisjoint(scales):
             del target.stored[stored.name]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from . import __version__, contained, formats, outdir, probe, prove, sidecar, strictjson
 from .desk import Desk, Rules
 from .errors import LEAVE_SOURCE_ALONE, Environment, ForeignOutput, SourceChanged, VanishingChange
-from .formats import INDEX_NAME, MANIFEST_NAME, OUR_NAMES, SIDECAR_NAME, SUMS_NAME, Kind
+from .formats import INDEX_NAME, OUR_NAMES, SIDECAR_NAME, SUMS_NAME, Kind
 from .inputs import Inputs
 from .manifest import read_manifest
 from .outdir import OutDir
@@ -170,13 +170,13 @@ class _Run:
 
 def _rules(plan: Plan, checkpoint: Checkpoint, accept_changes: bool) -> Rules:
     options = plan.options
-    vouched = probe.is_there(os.path.join(checkpoint.directory, MANIFEST_NAME))
+    manifest = read_manifest(checkpoint.directory, follow_links=checkpoint.follow_links)
     return Rules(
         allow_nan=options.allow_nan,
         allow_lossy=options.allow_lossy,
         scale_policy=options.scale_policy,
         float_scales=formats.QUANTS[RELEASES[plan.release].storage][Kind.DENSE].scale == "F32",
-        is_vouched=vouched and not accept_changes,
+        is_vouched=manifest is not None and not manifest.is_of_a_model and not accept_changes,
     )
 
 

@@ -1,1 +1,26 @@
-"""The model and the trainer that consume a converted checkpoint.  May import dsv4ckpt; empty in version 0.1."""
+"""DeepSeek-V4 in readable PyTorch: `load` a checkpoint in any storage format, run or train it, `save` it back.
+
+Start at model.py.  May import dsv4ckpt; importing dsv4model itself imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .load import load
+    from .save import save
+
+__all__ = ["load", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":
+        from .load import load
+
+        return load
+    if name == "save":
+        from .save import save
+
+        return save
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

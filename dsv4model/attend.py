@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layers import unit_rms, wide
+from .layers import inverse_rms, unit_rms, unit_rms_backward, wide
 from .rope import Turn, rotate, rotate_
 
 _CHUNK = {"cpu": 32, "cuda": 512}  # queries at a time: on a CPU what stays in its second-level cache
@@ -77,7 +77,7 @@ def attend_plain(
 
 def queries(q_BSND: Tensor, turn: Turn, eps: float) -> Tensor:
     """Every head over its own RMS (no weight), then rotated."""
-    return rotate(unit_rms(wide(q_BSND), eps).to(q_BSND.dtype), turn)
+    return rotate(unit_rms(q_BSND, eps).to(q_BSND.dtype), turn)
 
 
 def _sees_keys(view: View, part: _Part) -> Tensor:
@@ -159,11 +159,12 @@ class _Chunk:
     def __init__(
         self, part: _Part, q: Tensor, kv: Tensor, entries: Tensor, sinks: Tensor, turn: Turn, eps: float, view: View
     ) -> None:  # fmt: skip
-        self.part, self.view, self.sinks, self.eps = part, view, sinks, eps
+        self.part, self.view, self.sinks = part, view, sinks
         self.turn = turn.at(part.begin, part.end)
         self.projected = q[:, part.begin : part.end]
         self.scale = q.shape[-1] ** -0.5
-        self.q = wide(self._normed().to(q.dtype)) * self.scale
+        self.inverse = inverse_rms(self.projected, eps)
+        self.q = wide((wide(self.projected) * self.inverse).to(q.dtype)) * self.scale
         rotate_(self.q, self.turn)
         self.keys = wide(kv[:, part.keys])
         self.picks = None if view.picks is None else view.picks[:, part.begin : part.end]
@@ -223,14 +224,7 @@ class _Chunk:
     def before_queries(self, grad_BCND: Tensor) -> Tensor:
         """The gradient of the projected queries from that of the scaled, rotated ones."""
         grad = rotate_(grad_BCND * self.scale, self.turn.back())
-        normed = self._normed()
-        return (grad - normed * (grad * normed).mean(-1, keepdim=True)) * self._inverse_rms()
-
-    def _normed(self) -> Tensor:
-        return wide(self.projected) * self._inverse_rms()
-
-    def _inverse_rms(self) -> Tensor:
-        return torch.rsqrt(wide(self.projected).square().mean(-1, keepdim=True) + self.eps)
+        return unit_rms_backward(grad, wide(self.projected) * self.inverse, self.inverse)
 
 
 def _flat_picks(picks_BCK: Tensor, num_entries: int) -> Tensor:

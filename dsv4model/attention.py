@@ -17,7 +17,7 @@ from .attend import View, attend, queries
 from .cache import LayerCache
 from .compressor import Compressor, simulated_cache
 from .config import Config
-from .layers import GroupedLinear, Linear, Module, RMSNorm
+from .layers import GroupedLinear, Linear, Module, RMSNorm, remade
 from .packing import Groups, Packing
 from .rope import Turn, frequencies, rotate, turn
 from .simulate import Simulation
@@ -72,7 +72,8 @@ class Attention(Module):
         entries = kv[:, :0]
         if self.compressor is not None and setting.groups is not None:
             entries, view = self._compressed(x_BSH, qr, setting, view, cache)
-        out = attend(q, keys, entries, self.sinks, setting.turn, config.norm_eps, view)
+        with remade(q, lambda: self.q_b_proj(qr).view(q.shape)):
+            out = attend(q, keys, entries, self.sinks, setting.turn, config.norm_eps, view)
         by_group = out.flatten(2).unflatten(-1, (config.o_groups, -1))
         out = self.o_b_proj(self.o_a_proj(by_group).flatten(2))
         self.show("out", out)
@@ -96,13 +97,14 @@ class Attention(Module):
         if entries.shape[1] <= indexer.topk and pool is None:  # all are picked, whatever their scores
             self.show("picks", lambda: all_visible(groups, entries))
             return entries, view
-        keys = indexer.simulated(indexer.entries(x_BSH, groups, entry_turn, pool))
-        keys = keys if pool is None else pool.with_earlier(keys)
-        if entries.shape[1] <= indexer.topk:
-            self.show("picks", lambda: all_visible(groups, entries))
-            return entries, view
-        q, weight = indexer.queries(x_BSH, qr_BSQ, setting.turn)
-        picks = indexer.picks(q, weight, keys, groups)
+        with torch.no_grad():  # picks have no gradient, so nothing before them needs one
+            keys = indexer.simulated(indexer.entries(x_BSH, groups, entry_turn, pool))
+            keys = keys if pool is None else pool.with_earlier(keys)
+            if entries.shape[1] <= indexer.topk:
+                self.show("picks", lambda: all_visible(groups, entries))
+                return entries, view
+            q, weight = indexer.queries(x_BSH, qr_BSQ, setting.turn)
+            picks = indexer.picks(q, weight, keys, groups)
         self.show("picks", picks)
         return entries, view._replace(picks=picks)
 

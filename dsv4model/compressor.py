@@ -9,14 +9,12 @@ Source: paper sec. 2.3.1 (CSA, eq. 9-17) and 2.3.2 (HCA, eq. 20-23); model.py Co
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from .cache import PoolCache
 from .config import Config
-from .layers import Linear, Module, RMSNorm, WideLinear, wide
+from .layers import Linear, Module, Prepare, RMSNorm, WideLinear, recomputed, wide
 from .packing import Groups
 from .rope import Turn, rotate
 from .simulate import KV_GROUP, Simulation, fp4_groups, fp8_groups, hadamard
@@ -47,7 +45,7 @@ class Pool(Module):
             kv, gate, num_before = cache.with_pending(kv, gate, groups)
             groups = groups._replace(num=groups.num + num_before)
         kv_BTrC, gate_BTrC = groups.take(kv), groups.take(gate) + wide(self.position_bias)
-        pooled = self._pooled(kv_BTrC, gate_BTrC, groups.follows)[:, num_before:]
+        pooled = recomputed(self._pooled, kv_BTrC, gate_BTrC, groups.follows)[:, num_before:]
         return rotate(self.kv_norm(pooled.to(x_BSH.dtype)), turn)
 
     def _pooled(self, kv_BTrC: Tensor, gate_BTrC: Tensor, follows: Tensor | None) -> Tensor:
@@ -77,7 +75,7 @@ class Scorer(Module):
 class Indexer(Pool):
     """Scores every visible entry for every query by keys of its own, and picks the best."""
 
-    def __init__(self, config: Config, ratio: int, simulation: Simulation, prepare: Prepare) -> None:
+    def __init__(self, config: Config, ratio: int, simulation: Simulation, prepare: Prepare | None) -> None:
         super().__init__(config, ratio, config.index_head_dim, overlaps=True)
         self.q_b_proj = Linear(config.q_lora_rank, config.index_num_heads * config.index_head_dim, prepare)
         self.scorer = Scorer(config)
@@ -116,9 +114,6 @@ class Indexer(Pool):
         return torch.cat(picked, 1)
 
 
-Prepare = Callable[[Tensor], Tensor] | None
-
-
 def index_scores(q_BSAD: Tensor, weight_BSA: Tensor, keys_BTD: Tensor) -> Tensor:
     """sum over heads of weight * relu(q . k), float32 [B, S, T]. Differentiable."""
     batch, length, heads, _ = q_BSAD.shape
@@ -142,7 +137,7 @@ def _best(scores_BST: Tensor, count: int) -> Tensor:
 class Compressor(Pool):
     """A layer's compressed keys, and with overlapping windows the indexer that picks among them."""
 
-    def __init__(self, config: Config, layer: int, simulation: Simulation, prepare: Prepare) -> None:
+    def __init__(self, config: Config, layer: int, simulation: Simulation, prepare: Prepare | None) -> None:
         ratio, overlaps = config.compress_ratios[layer], config.overlaps(layer)
         super().__init__(config, ratio, config.head_dim, overlaps=overlaps)
         self.indexer = Indexer(config, ratio, simulation, prepare) if overlaps else None

@@ -5,15 +5,18 @@ In bfloat16 some parts compute in float32 (the reference's islands): `wide` is t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 Watcher = Callable[[str, Tensor], None]
+Prepare = Callable[[Tensor], Tensor]  # what the reference's inference does to the inputs of a matrix
 
 
 def wide(x: Tensor) -> Tensor:
@@ -38,9 +41,7 @@ class Linear(Module):
     prepare  what the reference's inference does to the inputs first (simulate.py)
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, prepare: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, prepare: Prepare | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.prepare = prepare
@@ -74,12 +75,42 @@ class RMSNorm(Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return (unit_rms(wide(x), self.eps) * wide(self.weight)).to(x.dtype)
+        out: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
+        return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Saves x as it came and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return (wide(x) * inverse_rms(x, eps) * wide(weight)).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        inverse, grad = inverse_rms(x, ctx.eps), wide(grad)
+        unit = wide(x) * inverse
+        of_weight = (grad * unit).flatten(0, -2).sum(0).to(weight.dtype)
+        return unit_rms_backward(grad * wide(weight), unit, inverse).to(x.dtype), of_weight, None
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """One over the root mean square of the last dimension, which stays with size 1."""
+    return torch.rsqrt(wide(x).square().mean(-1, keepdim=True) + eps)
 
 
 def unit_rms(x: Tensor, eps: float) -> Tensor:
-    """x over its root mean square, taken over the last dimension."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    """x over its root mean square, in float32."""
+    return wide(x) * inverse_rms(x, eps)
+
+
+def unit_rms_backward(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
+    """The gradient of x from that of unit = x * inverse."""
+    return (grad - unit * (grad * unit).mean(-1, keepdim=True)) * inverse
 
 
 class _LinearWide(torch.autograd.Function):
@@ -108,3 +139,51 @@ def linear_wide(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
     out: Tensor = _LinearWide.apply(x, weight)
     return out
+
+
+_Made = TypeVar("_Made")
+
+
+def recomputed(make: Callable[..., _Made], *inputs: Any) -> _Made:
+    """make(*inputs), of which only the inputs are kept: backward makes it again. For what is cheap or wide."""
+    if not torch.is_grad_enabled():
+        return make(*inputs)
+    return cast(_Made, checkpoint(make, *inputs, use_reentrant=False, preserve_rng_state=False))
+
+
+@contextmanager
+def remade(tensor: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
+    """Within the block, whatever operation would keep `tensor` for backward keeps how to make it again instead."""
+    if not torch.is_grad_enabled():
+        yield
+        return
+    recipe, storage = _Recipe(make), tensor.untyped_storage().data_ptr()
+
+    def pack(saved: Tensor) -> Tensor | torch.Size:
+        if saved.untyped_storage().data_ptr() != storage or saved.numel() != tensor.numel():
+            return saved
+        recipe.num_kept += 1
+        return saved.shape
+
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        return kept if isinstance(kept, Tensor) else recipe.made().view(kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+class _Recipe:
+    """Makes a tensor when it is asked for, and holds it until everyone who kept it has asked."""
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self._make, self.num_kept, self._num_asked = make, 0, 0
+        self._tensor: Tensor | None = None
+
+    def made(self) -> Tensor:
+        if self._tensor is None:
+            with torch.no_grad():
+                self._tensor = self._make()
+        tensor, self._num_asked = self._tensor, self._num_asked + 1
+        if self._num_asked % self.num_kept == 0:
+            self._tensor = None
+        return tensor

@@ -19,8 +19,8 @@ from dsv4ckpt.errors import Usage
 from .attention import Attention, Setting
 from .cache import Cache, LayerCache
 from .config import Config, is_kept_wide
-from .hyper import HyperConnection, HyperHead, spread
-from .layers import Linear, Module, RMSNorm, WideLinear
+from .hyper import HyperConnection, HyperHead, collapse, spread
+from .layers import Linear, Module, RMSNorm, WideLinear, remade
 from .moe import MoE
 from .packing import Packing, pack, shifted_left
 from .simulate import Simulation
@@ -52,14 +52,22 @@ class Block(Module):
     def forward(
         self, streams_BSJH: Tensor, token_ids: Tensor | None, setting: Setting, cache: LayerCache | None
     ) -> Tensor:
-        x, post, comb = self.attn_hc(streams_BSJH)
-        out = self.self_attn(self.input_layernorm(x), setting, cache)
-        streams_BSJH = spread(out, streams_BSJH, post, comb)
-        x, post, comb = self.ffn_hc(streams_BSJH)
-        out = self.mlp(self.post_attention_layernorm(x), token_ids)
-        streams_BSJH = spread(out, streams_BSJH, post, comb)
-        self.show("out", streams_BSJH)
-        return streams_BSJH
+        x, *mixes = self._read(self.attn_hc, self.input_layernorm, streams_BSJH)
+        out = self.self_attn(x, setting, cache)
+        between = spread(out, streams_BSJH, *mixes)
+        with remade(between, lambda: spread(out, streams_BSJH, *mixes)):
+            x, *more = self._read(self.ffn_hc, self.post_attention_layernorm, between)
+            streams = spread(self.mlp(x, token_ids), between, *more)
+        self.show("out", streams)
+        return streams
+
+    def _read(
+        self, hc: HyperConnection, norm: RMSNorm, streams_BSJH: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A sublayer's input, and how its output goes back to the streams."""
+        pre, post, comb = hc(streams_BSJH)
+        collapsed = collapse(streams_BSJH, pre)
+        return norm(collapsed), post, comb
 
 
 class MtpBlock(Block):
@@ -140,7 +148,8 @@ class Model(Module):
 
     unused: tuple[
         str, ...
-    ] = ()  # tensors of the checkpoint that are no part of this model, by released names
+    ] = ()  # released names of what the checkpoint has beside this model; `load` fills it
+    notes: tuple[str, ...] = ()  # and what else it found worth saying
 
     def __init__(self, config: Config, simulation: Simulation | None = None) -> None:
         super().__init__()

@@ -8,14 +8,17 @@ Source: paper sec. 2.1; model.py Gate, Expert and MoE of the reference.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .config import Config
-from .layers import Linear, Module, linear_wide, wide
+from .layers import Linear, Module, Prepare, linear_wide, recomputed, wide
 from .simulate import Simulation, fp4_weight
 
 _ALIGNMENT = 16  # bytes: what F.grouped_mm asks of a matrix's rows
@@ -56,31 +59,77 @@ def affinity(logits_TE: Tensor) -> Tensor:
     return softplus.clamp_min(torch.finfo(softplus.dtype).tiny).sqrt()
 
 
-class Swiglu(NamedTuple):
-    """silu(gate) * up with the gate clamped from above and up from both sides; limit 0: not at all."""
+def swiglu(gate_up: Tensor, limit: float, weight: Tensor | None = None) -> Tensor:
+    """silu(gate) * up, times a routing weight, with the gate clamped from above and up from both sides.
 
-    limit: float
+    gate_up  [..., 2I], the gate first
+    limit    0: no clamp
+    weight   [..., 1] or None: 1
+    returns  float32 [..., I]
+    """
+    out: Tensor = _Swiglu.apply(gate_up, limit, weight)
+    return out
 
-    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = wide(gate), wide(up)
-        if self.limit:
-            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-        return F.silu(gate) * up
+
+class _Swiglu(torch.autograd.Function):
+    """Keeps gate_up as it came; its gradient is made in place of the few tensors that it needs."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, limit: float, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate_up, weight)
+        ctx.limit = limit
+        gate, up = _clamped(gate_up, limit)
+        out = F.silu(gate) * up
+        return out if weight is None else out.mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        gate_up, weight = ctx.saved_tensors
+        gate, up = _clamped(gate_up, ctx.limit)
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        of_weight = None if weight is None else (grad * silu * up).sum(-1, keepdim=True)
+        grad = grad if weight is None else grad * weight
+        of_gate_up = torch.empty_like(gate_up)
+        of_gate, of_up = of_gate_up.chunk(2, -1)
+        of_up.copy_(grad * silu)
+        slope = silu.sub_(silu * sigmoid).add_(sigmoid)  # d silu = sigmoid + silu - silu * sigmoid
+        of_gate.copy_(slope.mul_(up).mul_(grad))
+        if ctx.limit:  # a clamped value has no slope
+            raw_gate, raw_up = gate_up.chunk(2, -1)
+            of_gate.masked_fill_(raw_gate > ctx.limit, 0)
+            of_up.masked_fill_(raw_up.abs() > ctx.limit, 0)
+        return of_gate_up, None, of_weight
+
+
+def _clamped(gate_up: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    gate, up = (wide(half) for half in gate_up.chunk(2, -1))
+    return (gate.clamp(max=limit), up.clamp(-limit, limit)) if limit else (gate, up)
 
 
 class Pairs(NamedTuple):
     """Pairs of token and expert, sorted by expert."""
 
     token: Tensor  # [P]
-    place: Tensor  # [P] where the pair stands among the token's K: token * K + k
+    place: Tensor  # [P] where the pair stood before: token * K + k
+    back: Tensor  # [P] where the pair of each such place stands now
     ends: Tensor  # int32 [E] end of each expert's pairs
+    per_token: int  # K
 
     @classmethod
     def of(cls, ids_TK: Tensor, num_experts: int) -> Pairs:
         flat = ids_TK.flatten()
         place = flat.argsort(stable=True)
+        back = torch.empty_like(place)
+        back[place] = torch.arange(len(place), device=place.device)
         ends = flat.bincount(minlength=num_experts).cumsum(0, dtype=torch.int32)
-        return cls(place // ids_TK.shape[1], place, ends)
+        return cls(place // ids_TK.shape[1], place, back, ends, ids_TK.shape[1])
+
+
+Product = Callable[
+    [Tensor, "Pairs"], Tensor
+]  # rows of a pair [P, in], each times its expert's matrix -> [P, out]
 
 
 class Experts(Module):
@@ -91,7 +140,7 @@ class Experts(Module):
         experts, width = config.num_experts, config.intermediate
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, config.hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, config.hidden, width))
-        self.swiglu, self.simulation = Swiglu(config.swiglu_limit), simulation
+        self.limit, self.simulation = config.swiglu_limit, simulation
 
     def forward(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The sum over each token's experts, float32 [T, H]."""
@@ -99,41 +148,87 @@ class Experts(Module):
         down: Tensor = self.down_proj
         if self.simulation.experts_fp4:
             gate_up, down = fp4_weight(gate_up), fp4_weight(down)
-        run = grouped_experts if can_group(x_TH, gate_up, down) else looped_experts
-        prepare = self.simulation.prepare
-        return run(x_TH, ids_TK, weights_TK, gate_up, down, self.swiglu, prepare)
+        by_expert = grouped if can_group(x_TH, gate_up, down) else looped
+        up, back = partial(by_expert, gate_up), partial(by_expert, down)
+        pairs = Pairs.of(ids_TK, len(down))
+        return routed(x_TH, pairs, weights_TK, up, back, self.limit, self.simulation.prepare)
 
 
-def looped_experts(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor, swiglu: Swiglu,
-                   prepare: Any = None) -> Tensor:  # fmt: skip
-    """The slow twin: one expert after the other."""
-    out = torch.zeros_like(wide(x_TH))
-    x_TH = x_TH if prepare is None else prepare(x_TH)
-    for expert in range(len(down)):
-        token, k = (ids_TK == expert).nonzero(as_tuple=True)
-        gate, up = F.linear(x_TH[token], gate_up[expert]).chunk(2, -1)
-        inner = (swiglu(gate, up) * weights_TK[token, k, None]).to(x_TH.dtype)
-        inner = inner if prepare is None else prepare(inner)
-        out = out.index_add(0, token, wide(F.linear(inner, down[expert])))
+def routed(x_TH: Tensor, pairs: Pairs, weights_TK: Tensor, up: Product, down: Product, limit: float,
+           prepare: Prepare | None, *, keeps_inner: bool = False) -> Tensor:  # fmt: skip
+    """Every token through its experts, summed by weight, float32 [T, H]. Backward projects up once more.
+
+    keeps_inner  what goes into `down` is kept for backward; for a `down` that would else be computed once more too
+    """
+    as_read = prepare or _as_it_is
+
+    def inner(x_TH: Tensor, weights_TK: Tensor) -> Tensor:
+        weight_P1 = weights_TK.flatten()[pairs.place, None]
+        inner_PI = swiglu(up(_Dispatch.apply(as_read(x_TH), pairs), pairs), limit, weight_P1)
+        return as_read(inner_PI.to(x_TH.dtype))
+
+    def through(x_TH: Tensor, weights_TK: Tensor) -> Tensor:
+        return down(inner(x_TH, weights_TK), pairs)
+
+    kept = (
+        down(recomputed(inner, x_TH, weights_TK), pairs)
+        if keeps_inner
+        else recomputed(through, x_TH, weights_TK)
+    )
+    out: Tensor = _Collect.apply(kept, pairs)
     return out
+
+
+class _Dispatch(torch.autograd.Function):
+    """Tokens [T, C] -> pairs [P, C].  Backward sums in a fixed order, which index_put does not."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TC: Tensor, pairs: Pairs) -> Tensor:
+        ctx.pairs = pairs
+        return x_TC[pairs.token]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_PC: Tensor) -> tuple[Tensor, None]:
+        return _summed(grad_PC, ctx.pairs).to(grad_PC.dtype), None
+
+
+class _Collect(torch.autograd.Function):
+    """Pairs [P, C] -> the sum of each token's, float32 [T, C]: the transpose of _Dispatch."""
+
+    @staticmethod
+    def forward(ctx: Any, x_PC: Tensor, pairs: Pairs) -> Tensor:
+        ctx.pairs, ctx.dtype = pairs, x_PC.dtype
+        return _summed(x_PC, pairs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TC: Tensor) -> tuple[Tensor, None]:
+        return grad_TC.to(ctx.dtype)[ctx.pairs.token], None
+
+
+def _summed(x_PC: Tensor, pairs: Pairs) -> Tensor:
+    return wide(x_PC[pairs.back]).unflatten(0, (-1, pairs.per_token)).sum(1)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def grouped(weight_EOI: Tensor, x_PI: Tensor, pairs: Pairs) -> Tensor:
+    """All experts in one product."""
+    return F.grouped_mm(x_PI, weight_EOI.mT, offs=pairs.ends)
+
+
+def looped(weight_EOI: Tensor, x_PI: Tensor, pairs: Pairs) -> Tensor:
+    """The slow twin: one expert after the other."""
+    counts = torch.diff(pairs.ends, prepend=pairs.ends.new_zeros(1)).tolist()
+    return torch.cat([F.linear(x, weight) for x, weight in zip(x_PI.split(counts), weight_EOI, strict=True)])
 
 
 def can_group(*tensors: Tensor) -> bool:
     """Whether F.grouped_mm takes these: no float64, and rows of a multiple of 16 bytes."""
     return all(t.dtype != torch.float64 and t.shape[-1] * t.element_size() % _ALIGNMENT == 0 for t in tensors)
-
-
-def grouped_experts(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor, swiglu: Swiglu,
-                    prepare: Any = None) -> Tensor:  # fmt: skip
-    """The same with one grouped product for all experts."""
-    pairs = Pairs.of(ids_TK, len(down))
-    x_TH = x_TH if prepare is None else prepare(x_TH)
-    gate, up = F.grouped_mm(x_TH[pairs.token], gate_up.mT, offs=pairs.ends).chunk(2, -1)
-    inner = (swiglu(gate, up) * weights_TK.flatten()[pairs.place, None]).to(x_TH.dtype)
-    inner = inner if prepare is None else prepare(inner)
-    out_PH = F.grouped_mm(inner, down.mT, offs=pairs.ends)
-    back = torch.empty_like(pairs.place).scatter_(0, pairs.place, torch.arange(len(pairs.place)))
-    return wide(out_PH[back]).unflatten(0, ids_TK.shape).sum(1)
 
 
 class SharedExpert(Module):
@@ -145,10 +240,15 @@ class SharedExpert(Module):
         self.gate_proj = Linear(config.hidden, config.intermediate, prepare)
         self.up_proj = Linear(config.hidden, config.intermediate, prepare)
         self.down_proj = Linear(config.intermediate, config.hidden, prepare)
-        self.swiglu = Swiglu(config.swiglu_limit if config.clamps_shared else 0.0)
+        self.limit = config.swiglu_limit if config.clamps_shared else 0.0
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        return self.down_proj(self.swiglu(self.gate_proj(x_TH), self.up_proj(x_TH)).to(x_TH.dtype))
+        out: Tensor = recomputed(self._through, x_TH)
+        return out
+
+    def _through(self, x_TH: Tensor) -> Tensor:
+        gate_up = torch.cat((self.gate_proj(x_TH), self.up_proj(x_TH)), -1)
+        return self.down_proj(swiglu(gate_up, self.limit).to(x_TH.dtype))
 
 
 class MoE(Module):
@@ -167,8 +267,8 @@ class MoE(Module):
         order = ids.argsort(-1) if self.watcher else ids
         self.show("router_ids", lambda: ids.gather(1, order).unflatten(0, x_BSH.shape[:2]))
         self.show("router_weights", lambda: weights.gather(1, order).unflatten(0, x_BSH.shape[:2]))
-        routed = self.experts(x_TH, ids, weights)
-        self.show("experts", lambda: routed.view(x_BSH.shape))
-        out = (routed + wide(self.shared_experts(x_TH))).to(x_BSH.dtype).view(x_BSH.shape)
+        chosen = self.experts(x_TH, ids, weights)
+        self.show("experts", lambda: chosen.view(x_BSH.shape))
+        out = (chosen + wide(self.shared_experts(x_TH))).to(x_BSH.dtype).view(x_BSH.shape)
         self.show("out", out)
         return out

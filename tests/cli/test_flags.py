@@ -29,6 +29,12 @@ FLAGS = {
     "verify": {
         "--level", "--against-hub-oids", "--subset", "--tensor", "--unit-scale", "--workers", "--follow-symlinks",
     },
+    "dump": {"--ids", "--text", "--out", "--impl", "--dtype", "--only", "--follow-symlinks"},
+    "parity": {"--atol", "--rtol", "--max-ulp"},
+    "generate": {
+        "--text", "--file", "--ids", "--chat", "--thinking", "--system", "--trust-encoding", "--max-new-tokens",
+        "--temperature", "--top-p", "--seed", "--dtype", "--experts", "--device", "--follow-symlinks",
+    },
 }  # fmt: skip
 
 
