@@ -54,10 +54,12 @@ def their_model(dtype: torch.dtype, device: str) -> torch.nn.Module:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    document_ = {key: value for key, value in document().items() if key not in ("quantization_config", "torch_dtype")}
+    document_ = {
+        key: value for key, value in document().items() if key not in ("quantization_config", "torch_dtype")
+    }
     model = DeepseekV4ForCausalLM(DeepseekV4Config(**document_)).to(dtype)
     state = our_model(dtype, "cpu").state_dict()
-    lacks = model.load_state_dict({name: value for name, value in state.items()}, strict=False)
+    lacks = model.load_state_dict(state, strict=False)
     assert not lacks.unexpected_keys, lacks
     return model.to(device)
 
@@ -104,13 +106,15 @@ def measure(impl: str, length: int, dtype: str, device: str) -> dict[str, float]
     """Median tokens per second of forward alone and of forward + backward; peak memory of the latter."""
     make = our_model if impl == "dsv4model" else their_model
     model = make(getattr(torch, dtype), device)
-    ids = torch.randint(0, SIZES["vocab_size"], (1, length), generator=torch.Generator().manual_seed(1)).to(device)
+    ids = torch.randint(0, SIZES["vocab_size"], (1, length), generator=torch.Generator().manual_seed(1)).to(
+        device
+    )
     for parameter in model.parameters():  # gradients exist before memory is measured
         parameter.grad = torch.zeros_like(parameter)
 
     def forward() -> None:
         with torch.no_grad():
-            model(input_ids=ids).logits
+            model(input_ids=ids)
 
     def both() -> None:
         loss_of(model(input_ids=ids).logits, ids).backward()
@@ -139,7 +143,18 @@ def _median_seconds(job: Callable[[], None], device: str, *, least: float = 4.0)
 
 
 def in_own_process(impl: str, length: int, dtype: str, device: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--one", impl, "--lengths", str(length), "--dtypes", dtype, "--device", device]
+    command = [
+        sys.executable,
+        __file__,
+        "--one",
+        impl,
+        "--lengths",
+        str(length),
+        "--dtypes",
+        dtype,
+        "--device",
+        device,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -161,7 +176,9 @@ def profile(length: int, dtype: str, device: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 4096, 8192, 16384])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu")

@@ -21,6 +21,7 @@ _QUANT_KEYS = ("quantization_config", "expert_dtype", "compression_config")
 _CODE_KEYS = ("auto_map",)  # C3: a trusting loader imports what it names, from any repository
 _FETCH = "take the config.json that was published with these shards"
 _MAX_ALL_EXPERTS = 100_000  # Pro has 23,808; an inventory must not explode
+_LARGEST = 2**1023  # what a float holds for sure
 _MAX_LAYERS, _MAX_EXPERTS, _MAX_WIDTH, _MAX_ROWS = 512, 4096, 2**20, 2**34
 
 
@@ -79,9 +80,11 @@ class Fields:
 
     def number(self, key: str) -> float:
         value = self.fields.get(key)
-        if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
+        if type(value) is int and abs(value) <= _LARGEST:
+            return float(value)
+        if type(value) is not float or not math.isfinite(value):
             self.refuse(key, "a number")
-        return float(value)  # type: ignore[arg-type]
+        return value
 
     def counts(self, key: str, most: int, *, max_length: int = _MAX_LAYERS) -> tuple[int, ...]:
         value = self.fields.get(key)

@@ -66,6 +66,8 @@ class Cache:
 
     config: Config
     length: int = 0  # tokens of each row that it holds
+    mtp_length: int = 0  # of these, tokens that the MTP block has seen
+    batch: int | None = None  # rows
     layers: list[LayerCache] = field(default_factory=list)
     mtp: list[LayerCache] = field(default_factory=list)
 
@@ -75,3 +77,9 @@ class Cache:
 
         self.layers = [empty(overlaps=self.config.overlaps(i)) for i in range(self.config.num_layers)]
         self.mtp = [empty(overlaps=False) for _ in range(self.config.num_mtp)]
+
+    def grow(self, shape: torch.Size, *, with_mtp: bool) -> None:
+        """So many rows and tokens [B, S] more have been seen."""
+        self.batch, num_new = shape
+        self.length += num_new
+        self.mtp_length += num_new if with_mtp else 0

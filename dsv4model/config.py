@@ -132,9 +132,9 @@ def _require_known(document: dict[str, Any]) -> None:
 
 
 def _yarn(keys: Fields) -> Yarn | None:
-    if keys.fields.get("rope_scaling") is None:
+    if keys.fields.get("rope_scaling", "") is None:  # a missing key may be one that another tool renamed
         return None
-    if not isinstance(keys.fields["rope_scaling"], dict):
+    if not isinstance(keys.fields.get("rope_scaling"), dict):
         keys.refuse("rope_scaling", "an object, or null")
     inner = Fields(keys.fields["rope_scaling"], "rope_scaling.")
     kind = "rope_type" if "rope_type" in inner.fields else "type"
@@ -165,9 +165,17 @@ def _require_possible(config: Config, keys: Fields, sizes: configs.ModelConfig) 
     ):
         if keys.fields.get(key) != known:
             keys.refuse(key, repr(known))
-    for key, positive in (("rope_theta", config.rope_theta), ("compress_rope_theta", config.compress_theta)):
-        if positive <= 1:
+    for key, base in (("rope_theta", config.rope_theta), ("compress_rope_theta", config.compress_theta)):
+        if base <= 1:
             keys.refuse(key, "a number above 1")
+    for key, positive in (
+        ("routed_scaling_factor", config.routed_scaling),
+        ("hc_eps", config.hc_eps),
+        ("rms_norm_eps", config.norm_eps),
+        ("initializer_range", config.init_std),
+    ):
+        if positive <= 0:
+            keys.refuse(key, "a positive number")
     if config.rope_dim % 2:
         keys.refuse("qk_rope_head_dim", "an even number")
     if config.swiglu_limit < 0:

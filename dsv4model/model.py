@@ -14,15 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dsv4ckpt.errors import Usage
-
 from .attention import Attention, Setting
 from .cache import Cache, LayerCache
 from .config import Config, is_kept_wide
+from .given import Given
 from .hyper import HyperConnection, HyperHead, collapse, spread
 from .layers import Linear, Module, RMSNorm, WideLinear, remade
 from .moe import MoE
-from .packing import Packing, pack, shifted_left
+from .packing import shifted_left
 from .simulate import Simulation
 
 
@@ -178,7 +177,8 @@ class Model(Module):
         inputs_embeds  [B, S, H] in place of embedded input_ids; hash layers need the ids as well
         raises         Usage for what cannot be computed, before anything is
         """
-        packing = self._checked(input_ids, next_ids, documents, cache, inputs_embeds)
+        given = Given(input_ids, next_ids, documents, cache, inputs_embeds)
+        packing = given.packing(self.config, self.model.embed_tokens.weight.dtype)
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         ratios = self.config.compress_ratios
         settings = {r: Setting.of(self.config, r, packing, x.dtype) for r in {0, *ratios}}
@@ -192,7 +192,7 @@ class Model(Module):
         if self.mtp and next_ids is not None:
             mtp_logits = self._mtp_logits(streams, next_ids, settings[0], cache)
         if cache is not None:
-            cache.length += x.shape[1]
+            cache.grow(x.shape[:2], with_mtp=mtp_logits is not None)
         return Output(logits, mtp_logits)
 
     def _mtp_logits(self, streams: Tensor, next_ids: Tensor, setting: Setting, cache: Cache | None) -> Tensor:
@@ -204,65 +204,6 @@ class Model(Module):
         logits: Tensor = self.lm_head(hidden)
         self.show("mtp.0.logits", logits)
         return logits
-
-    def _checked(
-        self,
-        input_ids: Tensor | None,
-        next_ids: Tensor | None,
-        documents: Tensor | None,
-        cache: Cache | None,
-        inputs_embeds: Tensor | None,
-    ) -> Packing:
-        config = self.config
-        if input_ids is None and inputs_embeds is None:
-            raise Usage("the model needs input_ids", do="hand over token ids [B, S], or inputs_embeds")
-        if input_ids is None and config.num_hash_layers:
-            raise Usage(
-                "inputs_embeds alone is not enough: the hash layers pick experts by token id",
-                expected=f"input_ids too, for the first {config.num_hash_layers} layers",
-                do="hand over input_ids as well",
-            )
-        first = inputs_embeds if input_ids is None else input_ids
-        assert first is not None
-        shape, device = first.shape[:2], first.device
-        for name, ids in (("input_ids", input_ids), ("next_ids", next_ids)):
-            if ids is not None:
-                _require_ids(name, ids, shape, config.vocab)
-        if inputs_embeds is not None and inputs_embeds.shape != (*shape, config.hidden):
-            raise Usage(
-                "inputs_embeds does not fit",
-                expected=f"shape {[*shape, config.hidden]}",
-                found=f"shape {list(inputs_embeds.shape)}",
-                do="hand over one embedding per token",
-            )
-        past = cache.length if cache else 0
-        if past + shape[1] > config.max_positions:
-            raise Usage(
-                "the sequence is longer than the model's positions allow",
-                expected=f"at most {config.max_positions:,} tokens, which is max_position_embeddings",
-                found=f"{past + shape[1]:,} tokens",
-                do="cut the sequence",
-            )
-        return pack(shape, device, documents, past)
-
-
-def _require_ids(name: str, ids: Tensor, shape: torch.Size, vocab: int) -> None:
-    """raises Usage"""
-    if ids.dim() != 2 or ids.shape != shape or ids.dtype != torch.int64 or not ids.numel():
-        raise Usage(
-            f"{name} is no batch of token ids",
-            expected=f"int64 [B, S] with at least one token{'' if ids.shape == shape else ', as input_ids'}",
-            found=f"{str(ids.dtype).removeprefix('torch.')} {list(ids.shape)}",
-            do="hand over a tensor of int64 with one row per sequence",
-        )
-    least, most = int(ids.min()), int(ids.max())
-    if least < 0 or most >= vocab:
-        raise Usage(
-            f"{name} holds a token id that the vocabulary does not have",
-            expected=f"0 to {vocab - 1}",
-            found=str(least if least < 0 else most),
-            do="use the tokenizer that belongs to this checkpoint",
-        )
 
 
 def dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:

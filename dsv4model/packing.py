@@ -39,7 +39,7 @@ class Groups(NamedTuple):
         else:
             row = torch.arange(len(x_BSC), device=x_BSC.device)[:, None] * x_BSC.shape[1]
             grouped = x_BSC.flatten(0, 1).index_select(0, (self.tokens + row).flatten())
-            grouped = grouped.view(*self.tokens.shape, -1)
+            grouped = grouped.view(*self.tokens.shape, x_BSC.shape[-1])
         return grouped.unflatten(1, (self.num, self.ratio))
 
 
@@ -74,15 +74,13 @@ def pack(shape: torch.Size, device: torch.device, documents: Tensor | None, past
     if documents is None:
         positions = torch.arange(past, past + length, device=device)[None]
         return Packing(positions, torch.full_like(positions, -past), None, past)
-    if documents.shape != shape:
+    if documents.shape != shape or documents.is_floating_point() or documents.is_complex():
         raise Usage(
             "documents does not fit input_ids",
-            expected=f"one number per token, {list(shape)}",
-            found=f"shape {list(documents.shape)}",
+            expected=f"one whole number per token, {list(shape)}",
+            found=f"{str(documents.dtype).removeprefix('torch.')} {list(documents.shape)}",
             do="give every token the number of its document",
         )
-    if past:
-        raise Usage("a cache holds one document per row", do="leave documents out, or start with a new cache")
     index = torch.arange(length, device=device).expand(batch, length)
     begins = torch.ones_like(documents, dtype=torch.bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]

@@ -1,4 +1,4 @@
-"""No token changes anything before it, in any kind of layer, bit for bit; and what it changes after it is as designed."""
+"""No token changes a bit of what stands before it, in any kind of layer, and it reaches as far as its layer says."""
 
 from __future__ import annotations
 

@@ -26,7 +26,14 @@ from dsv4model.model import Model
 pytestmark = pytest.mark.slow
 
 # product -> which of its arguments are the two factors
-FACTORS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2), "_grouped_mm": (0, 1), "mv": (0, 1)}
+FACTORS = {
+    "mm": (0, 1),
+    "bmm": (0, 1),
+    "addmm": (1, 2),
+    "baddbmm": (1, 2),
+    "_grouped_mm": (0, 1),
+    "mv": (0, 1),
+}
 HEADS, HEAD_DIM, INDEX_HEADS, INDEX_DIM = 2, 16, 2, 16
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 1, "num_nextn_predict_layers": 0, "num_attention_heads": HEADS,

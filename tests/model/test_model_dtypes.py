@@ -41,8 +41,8 @@ def test_gradients_have_the_dtypes_of_their_parameters_and_are_finite(dtype: tor
         assert parameter.grad.isfinite().all() and parameter.grad.any(), name
 
 
-# Parts of the largest logit. A part rounds by 6e-8 or 4e-3, some hundred times on the way; measured: 2e-6 and 6e-2.
-@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.bfloat16, 0.12)], ids=str)
+# Parts of the largest logit. A part rounds by 6e-8 or 4e-3, some hundred times on the way; measured: 2e-6 and 2e-2.
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=str)
 def test_narrower_model_stays_near_that_of_float64(dtype: torch.dtype, within: float) -> None:
     narrow = in_dtype(dtype)
     wide = in_dtype(torch.float64)
@@ -67,7 +67,9 @@ def test_gradients_are_computed_again_to_the_same_bits() -> None:
     for _ in range(2):
         model.zero_grad(set_to_none=True)
         model(ids).logits.square().mean().backward()
-        found.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+        found.append(
+            [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+        )
     assert all(map(torch.equal, *found))
 
 
@@ -86,7 +88,15 @@ def test_frozen_parameters_get_no_gradient_and_leave_the_others_as_they_are() ->
     model(ids).logits.square().mean().backward()
     usual = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    frozen = ("attn_hc", "experts.gate_up_proj", "kv_proj", "sinks", "embed_tokens", "norm.weight", "q_b_proj")
+    frozen = (
+        "attn_hc",
+        "experts.gate_up_proj",
+        "kv_proj",
+        "sinks",
+        "embed_tokens",
+        "norm.weight",
+        "q_b_proj",
+    )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in frozen))
     model(ids).logits.square().mean().backward()
@@ -98,22 +108,21 @@ def test_frozen_parameters_get_no_gradient_and_leave_the_others_as_they_are() ->
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is no g++")
-@pytest.mark.parametrize("length", [20, 140])
-def test_compiled_model_gives_what_the_eager_one_does(length: int) -> None:
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is no g++"
+)
+def test_compiled_model_gives_what_the_eager_one_does() -> None:
     """Graph breaks are allowed: what is data-dependent runs as before."""
-    model = random_model(
-        torch.float32, num_hidden_layers=2, compress_ratios=[4, 128, 0], hc_sinkhorn_iters=3, num_hash_layers=1
-    )
-    ids = random_ids(1, length)
+    changes = {"num_hidden_layers": 1, "compress_ratios": [4], "num_nextn_predict_layers": 0}
+    model, ids = random_model(torch.float32, **changes, hc_sinkhorn_iters=2), random_ids(1, 50)
     torch._dynamo.reset()
     compiled = torch.compile(model)
-    for one, other in zip(compiled(ids), model(ids), strict=True):
-        assert distance(one, other) < 1e-5
-    compiled(ids).logits.square().mean().backward()
-    found = {name: parameter.grad for name, parameter in model.named_parameters()}
-    model.zero_grad(set_to_none=True)
-    model(ids).logits.square().mean().backward()
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            assert found[name] is not None and distance(found[name], parameter.grad) < 1e-4, name
+    with torch.no_grad():
+        assert distance(compiled(ids).logits, model(ids).logits) < 1e-5
+    found, expected = [], []
+    for run, gradients in ((compiled, found), (model, expected)):
+        run(ids).logits.square().mean().backward()
+        gradients += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        model.zero_grad(set_to_none=True)
+    for one, other in zip(found, expected, strict=True):
+        assert distance(one, other) < 1e-4  # measured: 1e-5

@@ -118,7 +118,7 @@ def test_embeddings_with_ids_stand_in_for_the_table(model: Model) -> None:
 @pytest.mark.parametrize("shape", [(1, 6, 63), (1, 5, 64), (2, 6, 64), (6, 64), (1, 6, 64, 1), (64,)])
 def test_embeddings_of_another_shape_are_refused(model: Model, shape: tuple[int, ...]) -> None:
     error = refused(model, input_ids=random_ids(1, 6), inputs_embeds=torch.zeros(shape))
-    assert error.facts["found"] == f"shape {list(shape)}"
+    assert error.facts["found"] == f"float32 {list(shape)}"
 
 
 @pytest.mark.parametrize("shape", [(1, 0, 64), (0, 3, 64), (6, 64), (64,)])

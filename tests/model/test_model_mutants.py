@@ -241,27 +241,27 @@ MUTANTS = (
     mutant(
         "shared expert not clamped",
         "moe", "layers.0.ffn.out",
-        "Swiglu(config.swiglu_limit if config.clamps_shared else 0.0)", "Swiglu(0.0)",
+        "self.limit = config.swiglu_limit if config.clamps_shared else 0.0", "self.limit = 0.0",
     ),
     mutant(
         "routed experts not clamped",
         "moe", "layers.0.ffn.experts",
-        "Swiglu(config.swiglu_limit), simulation", "Swiglu(0.0), simulation",
+        "= config.swiglu_limit, simulation", "= 0.0, simulation",
     ),
     mutant(
         "gate clamped on both sides",
         "moe", "layers.0.ffn.experts",
-        "gate.clamp(max=self.limit)", "gate.clamp(-self.limit, self.limit)",
+        "gate.clamp(max=limit)", "gate.clamp(-limit, limit)",
     ),
     mutant(
         "the other branch clamped from above only",
         "moe", "layers.0.ffn.experts",
-        "up.clamp(-self.limit, self.limit)", "up.clamp(max=self.limit)",
+        "up.clamp(-limit, limit)", "up.clamp(max=limit)",
     ),
     mutant(
         "gate and up in the wrong order",
         "moe", "layers.0.ffn.experts",
-        "gate, value = up(", "value, gate = up(",
+        "gate, up = _clamped(gate_up, limit)\n        out", "up, gate = _clamped(gate_up, limit)\n        out",
     ),
     mutant(
         "bias in the weights",
@@ -333,8 +333,9 @@ EQUALS = (
     mutant(
         "routing weight after the last matrix",
         "moe", None,
-        " * weights_TK.flatten()[pairs.place, None]\n", "\n",
-        "(x_TH.dtype)), pairs)\n", "(x_TH.dtype)), pairs) * weights_TK.flatten()[pairs.place, None]\n",
+        "limit, weight_P1)", "limit)",
+        "return down(inner(x_TH, weights_TK), pairs)\n",
+        "return down(inner(x_TH, weights_TK), pairs) * weights_TK.flatten()[pairs.place, None]\n",
     ),
     mutant(
         "softplus by another formula",

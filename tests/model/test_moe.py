@@ -1,4 +1,4 @@
-"""Experts and router against the oracle's loops, both ways of multiplying against each other, and finite differences."""
+"""Experts and router against the oracle's loops and finite differences, and both ways of multiplying together."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_experts_in_narrower_dtypes_stay_near_float64(dtype: torch.dtype) -> Non
     module, given = experts(dtype), routed(200, dtype=dtype)
     found = module(*given)
     assert found.dtype == torch.float32
-    within = {torch.float32: 2e-6, torch.bfloat16: 2**-6}[dtype]  # measured: 5e-7 and 2**-7.5
+    within = {torch.float32: 2e-6, torch.bfloat16: 2**-6}[dtype]  # measured: 3e-7 and 3e-3
     assert distance(found.double(), in_numpy(module, given)) < within
 
 
@@ -120,7 +120,7 @@ def test_grouped_and_looped_experts_have_the_same_values_and_gradients(
     grouped = with_gradients(module, given)
     looped_only(monkeypatch)
     for one, other in zip(grouped, with_gradients(module, given), strict=True):
-        # one more rounding of each element, where sums run in another order
+        # measured on a CPU: the same bits. A sum in another order may round each element once more
         assert distance(one, other) < {torch.float32: 2e-6, torch.bfloat16: 2**-7}[dtype]
 
 
@@ -179,7 +179,7 @@ def test_what_can_be_grouped_is_what_torch_takes() -> None:
 def test_gradients_of_the_experts_are_what_finite_differences_give() -> None:
     module = experts(hidden_size=4, moe_intermediate_size=4, n_routed_experts=3, gain=2.0)
     given = routed(5, hidden=4, used=3)
-    assert 1e-3 < swiglu_margin(module, given)  # steps of 1e-6 cross no clamp; some bind, some do not
+    assert swiglu_margin(module, given) > 1e-3  # steps of 1e-6 cross no clamp; some bind, some do not
 
     def of_all(x: Tensor, weights: Tensor, *parameters: Tensor) -> Tensor:
         names = ("gate_up_proj", "down_proj")
@@ -258,7 +258,7 @@ def test_router_of_extreme_logits_stays_finite_with_its_gradient(logit: float, d
     x = torch.zeros(3, 64, dtype=dtype)
     x[:, 0] = 1
     x.requires_grad_()
-    ids, weights = made(x, None)
+    _, weights = made(x, None)
     gradients = torch.autograd.grad((weights * torch.tensor([1.0, 3.0])).sum(), [x, made.weight])
     assert weights.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
     assert torch.allclose(weights.sum(1), torch.tensor(1.5).to(weights.dtype))
@@ -269,7 +269,9 @@ def test_router_of_a_bfloat16_model_scores_in_float32() -> None:
     made.e_score_correction_bias = made.e_score_correction_bias.float()
     x = normal(100, 64, seed=2, dtype=torch.bfloat16)
     ids, weights = made(x, None)
-    scores = torch.logaddexp(x.double() @ made.weight.double().T, torch.zeros(1).double()).sqrt().gather(1, ids)
+    scores = (
+        torch.logaddexp(x.double() @ made.weight.double().T, torch.zeros(1).double()).sqrt().gather(1, ids)
+    )
     assert weights.dtype == torch.float32
     assert distance(weights.double(), 1.5 * scores / scores.sum(1, keepdim=True)) < 2e-6
 
@@ -285,7 +287,11 @@ def test_moe_gives_what_the_formulas_do(hashes: bool) -> None:
         buffer.copy_(random_table(len(buffer)) if hashes else 0.3 * normal(8))
     state = {name: value.detach().numpy() for name, value in made.state_dict().items()}
     p = {"gate.weight": state["gate.weight"]}
-    p |= {"gate.tid2eid": state["gate.tid2eid"]} if hashes else {"gate.bias": state["gate.e_score_correction_bias"]}
+    p |= (
+        {"gate.tid2eid": state["gate.tid2eid"]}
+        if hashes
+        else {"gate.bias": state["gate.e_score_correction_bias"]}
+    )
     for e in range(8):
         gate_up, down = state["experts.gate_up_proj"][e], state["experts.down_proj"][e]
         for inner, weight in (("w1", gate_up[:32]), ("w3", gate_up[32:]), ("w2", down)):

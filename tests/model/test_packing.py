@@ -16,7 +16,9 @@ from dsv4ckpt.errors import Usage
 from dsv4model.model import Model
 from dsv4model.packing import pack, shifted_left
 
-CLOSE = 1e-12  # of the largest value, in float64: sums of some hundred terms in another order. Measured: 3e-14
+CLOSE = (
+    1e-12  # of the largest value, in float64: sums of some hundred terms in another order. Measured: 2e-14
+)
 # Shorter than a group of 4, than the window of 16, than a group of 128; at its end, one off, with the choice of the
 # indexer binding (more than 8 entries of 4 tokens) and not.
 LENGTHS = (1, 2, 3, 130, 4, 8, 128, 15, 17, 1, 256, 40)
@@ -95,8 +97,9 @@ def test_next_tokens_end_with_every_document() -> None:
 @pytest.mark.slow
 def test_packed_documents_give_logits_and_summed_gradients_of_the_separate_ones() -> None:
     model, ids = random_model(), random_ids(1, sum(LENGTHS))
-    weights = cotangent(torch.empty(1, sum(LENGTHS), 128).double(), 1), cotangent(
-        torch.empty(1, sum(LENGTHS), 128).double(), 2
+    weights = (
+        cotangent(torch.empty(1, sum(LENGTHS), 128).double(), 1),
+        cotangent(torch.empty(1, sum(LENGTHS), 128).double(), 2),
     )
     packed = model(ids, documents=numbered(LENGTHS)[None])
     loss(model, ids, numbered(LENGTHS)[None], weights).backward()
@@ -111,7 +114,8 @@ def test_packed_documents_give_logits_and_summed_gradients_of_the_separate_ones(
             assert alone is None and together[name] is None
         else:
             assert alone is not None and together[name] is not None, name
-            assert distance(together[name], alone) < CLOSE, name
+            # of 1 at least: a scale's gradient is one sum of hundreds of terms, and may come to nearly nothing
+            assert (together[name] - alone).abs().max() < CLOSE * alone.abs().max().clamp_min(1), name
 
 
 @pytest.mark.slow
@@ -146,9 +150,9 @@ def test_document_numbers_that_come_back_later_name_other_documents() -> None:
     model, ids, lengths = random_model(), random_ids(1, 60), (20, 3, 21, 16)
     different = numbered(lengths)[None]
     back = torch.tensor([-5, 9, -5, 9])[different]
-    assert torch.equal(
-        model(ids, documents=back).logits, model(ids, documents=different).logits
-    ), "only neighbours are compared"
+    assert torch.equal(model(ids, documents=back).logits, model(ids, documents=different).logits), (
+        "only neighbours are compared"
+    )
 
 
 @pytest.mark.parametrize("lengths", [(1,), (3,), (3, 1, 2)])
@@ -181,7 +185,9 @@ def test_changed_tokens_of_one_document_change_no_bit_of_the_others(changed: int
         before = model(ids, documents=documents)
         for tokens in (slice(span.start, span.start + 1), slice(span.stop - 1, span.stop), span):
             altered = ids.clone()
-            altered[:, tokens] = (altered[:, tokens] + 1 + random_ids(1, total, seed=3)[:, tokens] % 127) % 128
+            altered[:, tokens] = (
+                altered[:, tokens] + 1 + random_ids(1, total, seed=3)[:, tokens] % 127
+            ) % 128
             after = model(altered, documents=documents)
             for old, new in zip(before, after, strict=True):
                 assert torch.equal(old[:, others], new[:, others]), tokens
