@@ -42,6 +42,7 @@ class _Part(NamedTuple):
     entries: slice
 
 
+@torch.compiler.disable  # a loop over chunks, with gradients of its own
 def attend(q_BSND: Tensor, kv_BLD: Tensor, entries_BTD: Tensor, sinks_N: Tensor, turn: Turn, eps: float, view: View
            ) -> Tensor:  # fmt: skip
     """Normalize and rotate the queries, attend, rotate the result back.

@@ -72,7 +72,8 @@ class Attention(Module):
         entries = kv[:, :0]
         if self.compressor is not None and setting.groups is not None:
             entries, view = self._compressed(x_BSH, qr, setting, view, cache)
-        with remade(q, lambda: self.q_b_proj(qr).view(q.shape)):
+        shape = q.shape  # the recipe must not hold q itself
+        with remade(q, lambda: self.q_b_proj(qr).view(shape)):
             out = attend(q, keys, entries, self.sinks, setting.turn, config.norm_eps, view)
         by_group = out.flatten(2).unflatten(-1, (config.o_groups, -1))
         out = self.o_b_proj(self.o_a_proj(by_group).flatten(2))

@@ -35,7 +35,10 @@ class PoolCache:
         num_whole = num_before + groups.num
         self.num_groups = min(num_whole, 1) if self.overlaps else 0
         begin = (num_whole - self.num_groups) * groups.ratio
-        self.kv, self.gate = kv_BSC[:, begin:], gate_BSC[:, begin:]
+        self.kv, self.gate = (
+            kv_BSC[:, begin:].clone(),
+            gate_BSC[:, begin:].clone(),
+        )  # a view would keep the whole
         return kv_BSC, gate_BSC, num_before
 
     def with_earlier(self, new_BTD: Tensor) -> Tensor:
@@ -56,7 +59,7 @@ class LayerCache:
     def with_earlier(self, kv_BSD: Tensor) -> Tensor:
         """The keys of the window before, then the new ones."""
         both = kv_BSD if self.kv is None else torch.cat((self.kv, kv_BSD), 1)
-        self.kv = both[:, max(0, both.shape[1] - self.window + 1) :]
+        self.kv = both[:, max(0, both.shape[1] - self.window + 1) :].clone()
         return both
 
 

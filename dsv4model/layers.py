@@ -157,10 +157,11 @@ def remade(tensor: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
     if not torch.is_grad_enabled():
         yield
         return
-    recipe, storage = _Recipe(make), tensor.untyped_storage().data_ptr()
+    recipe, storage, count = _Recipe(make), tensor.untyped_storage().data_ptr(), tensor.numel()
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
-        if saved.untyped_storage().data_ptr() != storage or saved.numel() != tensor.numel():
+        # what is kept holds this function too, so it must not hold the tensor
+        if saved.untyped_storage().data_ptr() != storage or saved.numel() != count:
             return saved
         recipe.num_kept += 1
         return saved.shape

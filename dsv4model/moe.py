@@ -154,6 +154,7 @@ class Experts(Module):
         return routed(x_TH, pairs, weights_TK, up, back, self.limit, self.simulation.prepare)
 
 
+@torch.compiler.disable  # its shapes depend on data, and torch's compiled grouped_mm takes bfloat16 only
 def routed(x_TH: Tensor, pairs: Pairs, weights_TK: Tensor, up: Product, down: Product, limit: float,
            prepare: Prepare | None, *, keeps_inner: bool = False) -> Tensor:  # fmt: skip
     """Every token through its experts, summed by weight, float32 [T, H]. Backward projects up once more.

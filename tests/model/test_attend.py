@@ -205,6 +205,7 @@ def test_attend_of_documents_and_its_slow_twin_agree(lengths: tuple[int, ...], r
     assert_twins(packed_case((lengths, lengths[::-1]), ratio))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -253,7 +254,7 @@ def test_attend_of_one_common_entry_and_of_its_pick_is_the_same() -> None:
 # ---- narrower dtypes
 
 # Of the largest float64 value from the same operands.  float32: sums of some dozen products, each rounded by 6e-8.
-# bfloat16: one rounding each of queries, shares and the result, by 2**-9, and of gradients, which cancel; measured: 1e-2.
+# bfloat16: one rounding each of queries, shares and the result, by 2**-9, and of gradients, which cancel: 1e-2.
 WITHIN = {torch.float32: (1e-6, 1e-5), torch.bfloat16: (2**-7, 2**-6)}
 
 

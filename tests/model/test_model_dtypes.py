@@ -28,6 +28,7 @@ def test_logits_are_float32_at_least(dtype: torch.dtype) -> None:
     assert out.logits.isfinite().all() and out.mtp_logits.isfinite().all()
 
 
+@pytest.mark.slow
 @all_dtypes
 def test_gradients_have_the_dtypes_of_their_parameters_and_are_finite(dtype: torch.dtype) -> None:
     model = random_model(dtype)
@@ -61,6 +62,7 @@ def test_same_call_gives_the_same_bits(dtype: torch.dtype) -> None:
         assert torch.equal(model(ids).logits, model(ids).logits)
 
 
+@pytest.mark.slow
 def test_gradients_are_computed_again_to_the_same_bits() -> None:
     model, ids = random_model(torch.float32), random_ids(2, 140)
     found = []
@@ -83,6 +85,7 @@ def test_values_with_and_without_gradients_are_the_same_bits(dtype: torch.dtype)
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_frozen_parameters_get_no_gradient_and_leave_the_others_as_they_are() -> None:
     model, ids = random_model(), random_ids(1, 140)
     model(ids).logits.square().mean().backward()
