@@ -1,6 +1,6 @@
 """Hyper-connections: several residual streams, mixed before and after every sublayer.  Knows no attention, no experts.
 
-All of it is float32, in a bfloat16 model too.  Three steps have their gradients written out, so that only the streams
+All of it is float32, in a bfloat16 model too.  Four steps have their gradients written out, so that only the streams
 are kept for backward, and as they are stored; the formulas are their forward lines.
 Source: paper sec. 2.2 (manifold-constrained hyper-connections); kernel.py of the reference for where the epsilons go.
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .config import Config
-from .layers import Module, inverse_rms, recomputed, wide
+from .layers import Module, inverse_rms, wide
 
 
 class HyperConnection(Module):
@@ -137,17 +137,40 @@ class _Spread(torch.autograd.Function):
 def doubly_stochastic(logits_BSJK: Tensor, iters: int, eps: float) -> Tensor:
     """Rows softmaxed, plus eps; then columns and rows divided by their sums in turn, ending on columns (Sinkhorn)."""
     logits_JKT = logits_BSJK.flatten(0, 1).permute(1, 2, 0).contiguous()  # sums over the outer axes are fast
-    comb_JKT = recomputed(_sinkhorn, logits_JKT, iters, eps)
+    comb_JKT: Tensor = _Sinkhorn.apply(torch.softmax(logits_JKT, 1) + eps, iters, eps)
     by_stream_BSKJ = (
         comb_JKT.permute(2, 1, 0).contiguous().view(logits_BSJK.shape)
     )  # as `spread` multiplies with it
     return by_stream_BSKJ.mT
 
 
-def _sinkhorn(logits_JKT: Tensor, iters: int, eps: float) -> Tensor:
-    comb = torch.softmax(logits_JKT, 1) + eps
-    comb = comb / (comb.sum(0, keepdim=True) + eps)
-    for _ in range(iters - 1):
-        comb = comb / (comb.sum(1, keepdim=True) + eps)
-        comb = comb / (comb.sum(0, keepdim=True) + eps)
-    return comb
+class _Sinkhorn(torch.autograd.Function):
+    """Keeps where it begins, and goes the way once more backward: 2 * iters tensors would else wait for it."""
+
+    @staticmethod
+    def forward(ctx: Any, comb_JKT: Tensor, iters: int, eps: float) -> Tensor:
+        ctx.save_for_backward(comb_JKT)
+        ctx.iters, ctx.eps = iters, eps
+        for axis in _axes(iters):
+            comb_JKT = comb_JKT / (comb_JKT.sum(axis, keepdim=True) + eps)
+        return comb_JKT
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (comb,) = ctx.saved_tensors
+        steps = []
+        for axis in _axes(ctx.iters):
+            total = comb.sum(axis, keepdim=True) + ctx.eps
+            comb = comb / total
+            steps.append((axis, total, comb))
+        for axis, total, comb in reversed(
+            steps
+        ):  # d(x / sum x) = (d - sum(d * y)) / sum x, with y = x / sum x
+            grad = (grad - (grad * comb).sum(axis, keepdim=True)) / total
+        return grad, None, None
+
+
+def _axes(iters: int) -> list[int]:
+    """Columns first (the sum over j), then rows and columns in turn."""
+    return [0] + [1, 0] * (iters - 1)

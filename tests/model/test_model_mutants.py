@@ -89,12 +89,12 @@ MUTANTS = (
     mutant(
         "Sinkhorn begins with rows",
         "hyper", "layers.0.attn_hc.comb",
-        "(comb.sum(0, keepdim=True) + eps)\n    for", "(comb.sum(1, keepdim=True) + eps)\n    for",
+        "return [0] + [1, 0]", "return [1] + [0, 1]",
     ),
     mutant(
         "one round of Sinkhorn too many",
         "hyper", "layers.0.attn_hc.comb",
-        "range(iters - 1)", "range(iters)",
+        "(iters - 1)", "iters",
     ),
     mutant(
         "no eps in the last collapse",
