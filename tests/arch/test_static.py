@@ -102,7 +102,10 @@ EVERYTHING = [*PRODUCT, *sorted((ROOT / "benchmarks").rglob("*.py")), *sorted((R
 NEEDED = {  # file: what it may use all the same
     "tests/ckpt/test_oids.py": {"exec"},  # the example that our own --help shows
     "tests/crash/signals_driver.py": {"os.execv"},  # our own command, in a forked child
-    "tests/model/test_model_mutants.py": {"compile", "exec"},  # copies of our own modules with passages replaced
+    "tests/model/test_model_mutants.py": {
+        "compile",
+        "exec",
+    },  # copies of our own modules with passages replaced
 }
 
 
