@@ -79,7 +79,7 @@ def command(
       dsv4 parity a b
     """
     from dsv4model.dumps import about, require_free, write_dump
-    from dsv4model.load import surveyed
+    from dsv4model.loading import surveyed
 
     if dtype not in _IMPLS[impl]:
         raise Usage(
@@ -246,6 +246,6 @@ def _recorded(found: Survey, ids: Ids, impl: str, dtype: str, wanted: Wanted) ->
     if impl == "transformers":
         peer = trace_transformers.load(found.checkpoint.directory, found.document, as_dtype(dtype))
         return trace_transformers.record(peer, as_ids(ids), wanted=wanted)
-    from dsv4model.load import load
+    from dsv4model.loading import load
 
     return trace.record(load(found, as_dtype(dtype)), as_ids(ids), wanted=wanted)

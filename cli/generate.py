@@ -116,7 +116,7 @@ def command(console: Console, **given: Any) -> int:
     _require_one_meaning(options)
     from dsv4model.dumps import as_dtype
     from dsv4model.generate import device_of, require_possible
-    from dsv4model.load import load, surveyed
+    from dsv4model.loading import load, surveyed
     from dsv4model.tokenizer import Tokenizer
 
     device = device_of(options.device)

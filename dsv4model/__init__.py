@@ -8,19 +8,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .load import load
-    from .save import save
+    from .loading import load
+    from .saving import save
 
 __all__ = ["load", "save"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from .load import load
+        from .loading import load
 
         return load
     if name == "save":
-        from .save import save
+        from .saving import save
 
         return save
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

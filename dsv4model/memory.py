@@ -28,7 +28,7 @@ from dsv4ckpt.source import Checkpoint, Landing, Location, Reader, Shard, Stamp
 from dsv4ckpt.survey import Survey
 from dsv4ckpt.values import Values
 
-from .load import model_layout, rows_of, same_bytes, twins, unused_tensors
+from .loading import model_layout, rows_of, same_bytes, twins, unused_tensors
 from .model import Model
 from .packed import PackedExperts, PackedLinear, decoded
 

@@ -13,7 +13,7 @@ import torch
 from dsv4cli import main as cli
 from torch import Tensor
 
-from dsv4model import dumps, load
+from dsv4model import dumps, loading
 
 IDS = [[5, 17, 200, 3, 44, 501, 7, 8, 9, 10, 300, 12]]
 SIZES: dict[str, Any] = {"hidden": 128, "intermediate": 32, "experts": 6, "heads": 2, "vocab": 512}
@@ -76,7 +76,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any, **named: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(load, "load", fail)
+    monkeypatch.setattr(loading, "load", fail)
 
 
 # ---- dump

@@ -21,7 +21,7 @@ from dsv4cli import main as cli
 from dsv4ckpt import plan, run
 from dsv4ckpt.formats import Target
 from dsv4ckpt.names import Namespace
-from dsv4model import load
+from dsv4model import loading
 
 SIZES: dict[str, Any] = {"hidden": 128, "intermediate": 32, "experts": 6, "heads": 2, "vocab": 512}
 BOS, EOS, USER, ASSISTANT, THINK, END_THINK = 0, 1, 3, 4, 5, 6
@@ -83,7 +83,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any, **named: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(load, "load", fail)
+    monkeypatch.setattr(loading, "load", fail)
 
 
 def in_bytes(text: str) -> list[int]:

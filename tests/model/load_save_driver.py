@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from dsv4model.load import load
+from dsv4model.loading import load
 from dsv4model.model import Model
-from dsv4model.save import save
+from dsv4model.saving import save
 
 
 def kilobytes(key: str) -> int:

@@ -16,10 +16,10 @@ from dsv4ckpt import plan, run
 from dsv4ckpt.errors import BadConfig, Dsv4Error, MissingScale, NotConform, NotFinite, Usage
 from dsv4ckpt.formats import Target
 from dsv4ckpt.names import Namespace
-from dsv4model import load as loading
+from dsv4model import loading
 from dsv4model import packed
 from dsv4model.config import is_kept_wide
-from dsv4model.load import load
+from dsv4model.loading import load
 
 V4 = ["flash", "flash-base", "flash-0731", "pro", "pro-base", "pro-0813"]
 COPIES = ("mtp.0.emb.tok_emb.weight", "mtp.0.head.weight")

@@ -20,7 +20,7 @@ from dsv4ckpt import codec, encode, formats, inventory, names, release
 from dsv4ckpt import config as configs
 from dsv4ckpt.errors import Usage
 from dsv4ckpt.formats import FP4_EXPERT, FP8_TILE, FP8_TILE_F32, QUANTS, Block, Quant
-from dsv4model import load, moe, packed
+from dsv4model import loading, moe, packed
 from dsv4model.config import Config
 from dsv4model.layers import GroupedLinear, Linear
 from dsv4model.model import Model, dtype_of
@@ -322,8 +322,8 @@ def test_packed_model_has_the_logits_and_gradients_of_the_dense_one(
     name: str, dtype: torch.dtype, sample_of: Callable[[str], Path]
 ) -> None:
     ids = torch.randint(0, 512, (2, 24))
-    dense = load.load(sample_of(name), dtype)
-    packed_one = load.load(sample_of(name), dtype, "packed")
+    dense = loading.load(sample_of(name), dtype)
+    packed_one = loading.load(sample_of(name), dtype, "packed")
     for mine, theirs in zip(
         logits_and_gradient(packed_one, ids), logits_and_gradient(dense, ids), strict=True
     ):
@@ -361,12 +361,12 @@ def test_packed_model_of_a_release_takes_the_memory_of_its_files(name: str) -> N
     on_disk = sum(formats.stored_bytes(stored.dtype, stored.shape) for stored in layout.stored.values())
     with torch.device("meta"):
         model = Model(Config.read(document))
-        packed.pack_modules(model, load.quantized_modules(layout))
+        packed.pack_modules(model, loading.quantized_modules(layout))
     assert abs(resident_bytes(model, torch.bfloat16) / on_disk - 1) < 0.001
 
 
 def test_packed_sample_takes_the_memory_of_its_files(sample_of: Callable[[str], Path]) -> None:
-    model = load.load(sample_of("flash"), experts="packed")
+    model = loading.load(sample_of("flash"), experts="packed")
     held = sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers()))
     tensors = itertools.chain.from_iterable(
         tiny.read_shard(shard).values() for shard in sample_of("flash").glob("*.safetensors")
@@ -375,7 +375,7 @@ def test_packed_sample_takes_the_memory_of_its_files(sample_of: Callable[[str], 
 
 
 def test_packed_buffers_are_the_bytes_of_the_files(sample_of: Callable[[str], Path]) -> None:
-    state = load.load(sample_of("flash"), experts="packed").state_dict()
+    state = loading.load(sample_of("flash"), experts="packed").state_dict()
     name = "layers.1.ffn.experts.3.w3.weight"
     for stored, found in (
         (name, state["model.layers.1.mlp.experts.gate_up_proj"][3, WIDTH * 4 :]),
@@ -390,7 +390,7 @@ def test_packed_buffers_are_the_bytes_of_the_files(sample_of: Callable[[str], Pa
 
 
 def test_every_matrix_that_a_release_quantizes_is_packed(sample_of: Callable[[str], Path]) -> None:
-    model = load.load(sample_of("flash"), experts="packed")
+    model = loading.load(sample_of("flash"), experts="packed")
     left = [name for name, parameter in model.named_parameters() if name.endswith("_proj.weight")]
     kept = (
         "compressor.kv_proj",

@@ -20,10 +20,10 @@ from dsv4ckpt import outdir, plan, run, sink
 from dsv4ckpt.errors import ForeignOutput, NoSpace, NotConform, NotFinite, Usage, VanishingChange
 from dsv4ckpt.formats import MANIFEST_NAME, OUR_NAMES, SUMS_NAME, WORK_NAME, Storage, Target
 from dsv4ckpt.names import Namespace
-from dsv4model.load import load
+from dsv4model.loading import load
 from dsv4model.memory import checkpoint_of
 from dsv4model.model import Model
-from dsv4model.save import save
+from dsv4model.saving import save
 
 RELEASES = ["flash", "flash-base", "flash-0731"]
 HEAD, EXPERT = "head.weight", "layers.1.ffn.experts.2.w1.weight"

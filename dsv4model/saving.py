@@ -21,7 +21,7 @@ from dsv4ckpt.run import Summary
 from dsv4ckpt.survey import Survey
 from dsv4ckpt.survey import survey as survey_of
 
-from .load import surveyed
+from .loading import surveyed
 from .memory import checkpoint_of, packed_storage
 from .model import Model
 
