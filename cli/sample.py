@@ -23,7 +23,9 @@ from .words import Console, Size, human, plural
 @click.option("--vocab", type=click.IntRange(512), help="Vocabulary size.  [default: 512]")
 @click.option("--target-size", type=Size(), help="Grow the sizes until the checkpoint is about this large.")
 @click.option(
-    "--release-dims", is_flag=True, help="The release's true tensor shapes; choose --layers with it."
+    "--release-dims",
+    is_flag=True,
+    help="The release's true tensor shapes; choose --layers, and perhaps --experts, with it.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @common_options
@@ -51,6 +53,7 @@ def command(
       dsv4 sample demo/flash
       dsv4 sample demo/base --release flash-base
       dsv4 sample /data/4gb --target-size 4GB
+      dsv4 sample /data/cut --release-dims --layers 4 --experts 8
     """
     from dsv4ckpt import sample as samples
 
@@ -61,10 +64,11 @@ def command(
         "--heads": heads,
         "--vocab": vocab,
     }
-    given = [flag for flag, value in sizes.items() if value is not None]
-    if release_dims and (given or target_size):
+    fixed = [flag for flag, value in sizes.items() if value is not None and flag != "--experts"]
+    if release_dims and (fixed or target_size):
         raise click.UsageError(
-            f"--release-dims fixes every size but --layers; leave out {given or '--target-size'}"
+            "--release-dims fixes every size but --layers and --experts; leave out "
+            + ", ".join(fixed or ["--target-size"])
         )
     sample = samples.plan_sample(
         samples.SampleOptions(

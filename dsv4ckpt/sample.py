@@ -168,6 +168,8 @@ def _shrunk(document: dict[str, Any], options: SampleOptions) -> dict[str, Any]:
         raise Usage("the sample cannot have that many layers", expected=f"1 to {full}", found=str(layers))
     small = {} if options.release_dims else _small_sizes(options)
     text.update(small)
+    if options.release_dims and options.experts:  # so that a few layers of true width fit into memory
+        text["n_routed_experts"] = options.experts
     ratios = text["compress_ratios"]
     text["compress_ratios"] = ratios[:layers] + ratios[full:]
     text["num_hidden_layers"] = layers

@@ -439,6 +439,14 @@ def test_release_dims_with_one_layer_has_the_true_shapes(release: str) -> None:
     assert {name: found[name] for name in found if name not in taps} == expected
 
 
+def test_release_dims_with_fewer_experts_has_the_other_true_shapes() -> None:
+    made = plan_sample(SampleOptions(release_dims=True, layers=4, experts=8)).document
+    full = shipped_config("flash")
+    changed = {key for key in full if made[key] != full[key]}
+    assert changed == {"n_routed_experts", "num_hidden_layers", "compress_ratios"}
+    assert made["n_routed_experts"] == 8
+
+
 @pytest.mark.slow
 def test_release_dims_without_layers_is_the_whole_release() -> None:
     made = plan_sample(SampleOptions(release="flash", release_dims=True))

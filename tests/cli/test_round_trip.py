@@ -123,3 +123,17 @@ def test_mistakes_get_their_exit_code_and_a_helpful_word(
     assert done.returncode == code, done.stderr
     assert word in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_way_back_under_transformers_names_keeps_scales_of_what_is_called_alike_in_both(
+    flash: Path, tmp_path: Path
+) -> None:
+    """mtp.0.e_proj.weight has one name in both namespaces; its scales have two, and once were left out."""
+    bf16, out = tmp_path / "bf16", tmp_path / "out"
+    assert dsv4("convert", flash, bf16, "--to", "bf16", "-q").returncode == 0
+    back = ["convert", bf16, out, "--to", "native", "--names", "transformers", "--source", flash, "-q"]
+    assert dsv4(*back).returncode == 0
+    done = dsv4("verify", out, "--level", "structure")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert dsv4("verify", flash, out, "--level", "values").returncode == 0

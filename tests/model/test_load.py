@@ -16,8 +16,7 @@ from dsv4ckpt import plan, run
 from dsv4ckpt.errors import BadConfig, Dsv4Error, MissingScale, NotConform, NotFinite, Usage
 from dsv4ckpt.formats import Target
 from dsv4ckpt.names import Namespace
-from dsv4model import loading
-from dsv4model import packed
+from dsv4model import loading, packed
 from dsv4model.config import is_kept_wide
 from dsv4model.loading import load
 

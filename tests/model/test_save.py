@@ -262,7 +262,6 @@ def test_trained_model_goes_from_bf16_to_native_on_the_command_line(made: Make, 
         "native",
         "--source",
         source,
-        "--accept-changes",
     )
     require_same(load(tmp_path / "back"), trained(source))
 
