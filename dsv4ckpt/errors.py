@@ -118,7 +118,7 @@ class VanishingChange(Dsv4Error):
 
 
 class BadManifest(Dsv4Error):
-    """dsv4.manifest.json, or a list of ids to verify against, is malformed."""
+    """dsv4.manifest.json, a list of ids to verify against, or a dump to compare is malformed."""
 
 
 # ---- usage: exit 2

@@ -31,6 +31,9 @@ from dsv4cli import main as cli
 from dsv4ckpt import errors, outdir
 from dsv4ckpt.errors import Dsv4Error
 from dsv4ckpt.stop import StopFlag
+from dsv4model.dsml import BadCompletion
+from dsv4model.tokenizer import BadTokenizer
+from dsv4model.trusted import BadEncoding
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "errors.md"
@@ -334,7 +337,7 @@ not known.
 | code | what happened | what a script does |
 |---|---|---|
 | 0 | done; for `inspect` and `verify` also: all is well | go on |
-| 1 | `verify` found a difference | do not use the checkpoint; the report names the tensors or files |
+| 1 | `verify` or `parity` found a difference | do not use the checkpoint; the report names the tensors or files |
 | 2 | the command cannot be carried out as it was put | correct it: trying again does not help |
 | 3 | the checkpoint is incomplete, broken, hostile, or would lose values | replace it: trying again does not help |
 | 4 | the machine did not let us: space, permission, I/O | make room or repair, then the same command: it continues |
@@ -354,6 +357,11 @@ TITLES = {
     errors.EXIT_BUSY: "somebody else",
     errors.EXIT_SIGNAL + 15: "a signal (here SIGTERM; 130 for SIGINT)",
 }
+TEXT_HEAD = """\
+## Exit 3: text
+
+What `generate`, `dump --text` and the chat encoding refuse; `tests/model` provokes each of them.
+"""
 LEAVES_NOTHING = " Nothing of the output stays, since no later run could finish it."
 
 
@@ -365,7 +373,10 @@ def page(all_told: list[Told]) -> str:
         for told in all_told:
             if told.exit_code == code:
                 lines += section(told)
-    return "\n".join(lines)
+    lines.append(TEXT_HEAD)
+    for kind in (BadTokenizer, BadEncoding, BadCompletion):
+        lines.append(f"- **{kind.__name__}**: {kind.__doc__}")
+    return "\n".join(lines) + "\n"
 
 
 def section(told: Told) -> Iterator[str]:
