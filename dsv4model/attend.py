@@ -202,10 +202,7 @@ class _Chunk:
         return wide(share.to(self.projected.dtype))[..., :-1]
 
     def mix(self, share: Tensor) -> Tensor:
-        """The sum of keys and entries by their shares, [B, C, N, D]. A share of the sink is left out."""
-        share = (
-            self.rounded(share) if share.shape[-1] > self.keys.shape[-2] + self.entries.shape[-2] else share
-        )
+        """The sum of keys and entries by their shares, [B, C, N, D]."""
         on_keys, on_entries = share.split((self.keys.shape[-2], self.entries.shape[-2]), -1)
         out = torch.bmm(on_keys.flatten(1, 2), self.keys)
         if self.picks is None:
