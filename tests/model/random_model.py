@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dsv4model.config import Config
 from dsv4model.model import Model, dtype_of
+from dsv4model.simulate import Simulation
 
 VOCAB = 128
 WINDOWS_ONLY = {"compress_ratios": [0, 0, 0, 0, 0]}
@@ -22,9 +23,11 @@ WINDOWS_ONLY = {"compress_ratios": [0, 0, 0, 0, 0]}
 ALL_EXPERTS = {"n_routed_experts": 2, "num_experts_per_tok": 2}
 
 
-def random_model(dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> Model:
+def random_model(
+    dtype: torch.dtype = torch.float64, seed: int = 0, simulation: Simulation | None = None, **changes: Any
+) -> Model:
     """The model of tiny_document(**changes), every tensor from a generator of its own."""
-    model = Model(Config.read(tiny_document(**changes)))
+    model = Model(Config.read(tiny_document(**changes)), simulation)
     for name, parameter in model.named_parameters():
         parameter.data = _values(name, parameter.shape, seed).to(dtype_of(name, dtype))
     for name, buffer in model.named_buffers():
