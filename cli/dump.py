@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import os
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsv4ckpt import formats, strictjson
-from dsv4ckpt.contained import opened
+from dsv4ckpt import strictjson
 from dsv4ckpt.errors import EXIT_OK, Usage
-from dsv4ckpt.shard import read_exactly
 from dsv4ckpt.stop import StopFlag
 
 from .common import common_options, follow_links_option, stopping_on_signals
+from .prompts import Ids, read_ids
 from .words import Console, human, plural
 
 if TYPE_CHECKING:
@@ -24,10 +22,6 @@ if TYPE_CHECKING:
     from dsv4model.trace import Wanted
 
 _IMPLS = {"dsv4": ("float32", "bfloat16", "float64"), "transformers": ("float32", "bfloat16")}
-_IDS_LIMITS = strictjson.Limits(objects=0, lists=1_000_000, commas=10_000_000)
-_IDS = "a JSON list of token ids, a list of equally long lists, or ids with blanks between them"
-
-Ids = list[list[int]]
 
 
 @click.command("dump")
@@ -149,50 +143,10 @@ def _ids(path: str | None, text: str | None, ckpt: str, follow_links: bool) -> I
             do="give one of them",
         )
     if path is not None:
-        return _read_ids(path)
+        return read_ids(path)
     from dsv4model.tokenizer import Tokenizer
 
     return [Tokenizer.open(ckpt, follow_links=follow_links).encode(text or "")]
-
-
-def _read_ids(path: str) -> Ids:
-    directory, name = os.path.split(os.path.abspath(path))
-    with opened(directory, name, True) as fd:
-        size = os.fstat(fd).st_size
-        if size > formats.MAX_SMALL_FILE_BYTES:
-            raise _bad_ids(path, f"{size:,} bytes")
-        data = read_exactly(fd, size, 0, name)
-    try:
-        stripped = strictjson.decoded(data).strip()
-        if not stripped.startswith("["):
-            return [[_id(path, word) for word in stripped.split()]]
-        strictjson.require_modest(data, _IDS_LIMITS)
-        value = strictjson.loads(stripped, floats=False)
-    except strictjson.Malformed as error:
-        raise _bad_ids(path, str(error)) from None
-    rows = value if value and isinstance(value[0], list) else [value]
-    for row in rows:
-        if not isinstance(row, list) or any(type(number) is not int for number in row):
-            raise _bad_ids(path, repr(row)[:80])
-        if len(row) != len(rows[0]):
-            raise _bad_ids(path, f"lists of {len(rows[0])} and {len(row)} ids")
-    return rows
-
-
-def _id(path: str, word: str) -> int:
-    if not (word.isascii() and word.isdecimal() and len(word) < 20):
-        raise _bad_ids(path, repr(word)[:80])
-    return int(word)
-
-
-def _bad_ids(path: str, found: str) -> Usage:
-    return Usage(
-        "--ids is no list of token ids",
-        file=os.path.basename(path),
-        expected=_IDS,
-        found=found,
-        do="write the ids like [0, 17, 256]; for a text, use --text",
-    )
 
 
 def _require_ids(ids: Ids, config: Config) -> None:

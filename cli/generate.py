@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -10,13 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from dsv4ckpt import formats, inventory, strictjson
-from dsv4ckpt.contained import opened
+from dsv4ckpt import inventory
 from dsv4ckpt.errors import EXIT_OK, Usage
-from dsv4ckpt.shard import read_exactly
 
 from .common import common_options, follow_links_option
-from .dump import _read_ids
+from .prompts import read_ids, read_text
 from .words import Console, plural
 
 if TYPE_CHECKING:
@@ -164,8 +161,8 @@ def _require_one_meaning(options: _Options) -> None:
 def _prompt(options: _Options, tokenizer: Tokenizer) -> list[int]:
     """Token ids that the model goes on from. raises Usage and its kin, BadEncoding"""
     if options.ids_path is not None:
-        return _one_row(_read_ids(options.ids_path))
-    text = options.text if options.text_path is None else _read_text(options.text_path)
+        return _one_row(read_ids(options.ids_path))
+    text = options.text if options.text_path is None else read_text(options.text_path)
     if not text:
         raise Usage(
             "the prompt is empty",
@@ -195,26 +192,6 @@ def _one_row(rows: list[list[int]]) -> list[int]:
     if len(rows) != 1:
         raise Usage("one sequence is continued", found=f"{len(rows)} lists of ids", do="give one of them")
     return rows[0]
-
-
-def _read_text(path: str) -> str:
-    """raises Usage, Environment, UnsafePath"""
-    directory, name = os.path.split(os.path.abspath(path))
-    most = formats.MAX_SMALL_FILE_BYTES
-    with opened(directory, name, True) as fd:
-        size = os.fstat(fd).st_size
-        if size > most:
-            raise Usage(
-                "--file is too large for a prompt", file=name, expected=f"at most {most:,} bytes",
-                found=f"{size:,} bytes", do="cut it",
-            )  # fmt: skip
-        data = read_exactly(fd, size, 0, name)
-    try:
-        return strictjson.decoded(data)
-    except strictjson.Malformed as error:
-        raise Usage(
-            "--file is no text", file=name, expected="UTF-8", found=str(error), do="convert it"
-        ) from None
 
 
 # ---- what comes

@@ -24,6 +24,11 @@ class Logical(NamedTuple):
     shape: Shape
 
 
+OVERLAP_RATIO = (
+    4  # compressors of this ratio pool the window before as well, and an indexer picks; all others do not
+)
+
+
 # ---- the rows.  Letters: H hidden, N*D query width, D head, Q and R low ranks, G groups, E experts, K experts per
 # token, I expert width, V vocabulary, S streams, M = (2 + S) * S mixing terms, r ratio, C compressor channels,
 # T indexer query width, A indexer heads, B indexer head, Z indexer compressor channels, X tapped width, W Markov rank
@@ -186,7 +191,7 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
 
 
 def _compressor_sizes(model: ModelConfig, ratio: int) -> dict[str, int]:
-    overlap = 2 if ratio == 4 else 1  # ratio 4 pools the window before as well: twice the channels
+    overlap = 2 if ratio == OVERLAP_RATIO else 1  # twice the channels
     return {"r": ratio, "C": overlap * model.head_dim, "Z": overlap * model.index_head_dim}
 
 
@@ -198,7 +203,7 @@ def _layer_v4(model: ModelConfig, family: Family, layer: int) -> Rows:
         *(GATE_BIAS if not hashed or family.vision else ()),
         *(GATE_BIAS_VISION if family.vision else ()),
         *(COMPRESSOR if ratio else ()),
-        *(INDEXER if ratio == 4 else ()),
+        *(INDEXER if ratio == OVERLAP_RATIO else ()),
     )
 
 

@@ -8,8 +8,6 @@ they are stored, for whoever decodes them later.  Knows no models and no outputs
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -19,12 +17,11 @@ from .formats import Quant, Storage
 from .inputs import Inputs
 from .inventory import lay_out
 from .names import Namespace
-from .roundtrip import decoded_rows
+from .roundtrip import chunks, decoded_rows
 from .source import Reader
 from .steps import Step, StepMaker
 from .survey import Survey
 
-_CHUNK_VALUES = 1024 * 1024  # decoded at a time: fits the second-level cache together with its index
 _DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
 _MOST_BYTE = 246  # the largest E8M0 scale under which no code of E4M3 is beyond bfloat16
 _MOST_F32 = 2.0**119  # the same for F32 scales: 448 * 2**119 is below 2**128
@@ -61,7 +58,7 @@ class Values:
         rows_RC = out.detach().view(out.shape[0] if out.dim() > 1 else 1, -1)
         assert first + rows_RC.shape[0] <= step.rows, name
         height = step.quant.block.rows if step.quant else 1
-        for row, count in _chunks(first, rows_RC.shape[0], rows_RC.shape[1], height):
+        for row, count in chunks(rows_RC.shape[0], rows_RC.shape[1], height, first):
             piece = rows_RC[row - first : row - first + count]
             if step.quant is None:
                 self._copy(step, row, piece)
@@ -80,7 +77,7 @@ class Values:
         assert step.quant is not None and not step.quant.per_tensor and first % step.quant.block.rows == 0
         block = step.quant.block
         codes_RP, scales_rc = codes_out.view(torch.uint8), _as_stored(scales_out, step.quant)
-        for row, count in _chunks(first, codes_RP.shape[0], step.columns, block.rows):
+        for row, count in chunks(codes_RP.shape[0], step.columns, block.rows, first):
             codes, scales = self._inputs.codes(step, row, count), self._inputs.scales(step, row, count)
             if not _surely_finite(codes, scales, step.quant):
                 decoded = decoded_rows(codes, scales, step.quant)
@@ -128,17 +125,6 @@ class Values:
             found=f"the first at row {first + row}, column {col}{others}",
             do="download the shard again; if the release itself is like that, it cannot be run",
         )
-
-
-def _chunks(first: int, rows: int, cols: int, height: int) -> Iterator[tuple[int, int]]:
-    """(first row, rows) of about a million values each, in order. A chunk that begins within a block ends with it."""
-    end = first + rows
-    most = max(1, _CHUNK_VALUES // max(1, cols) // height) * height
-    while first < end:
-        into = first % height
-        count = min(height - into if into else most, end - first)
-        yield first, count
-        first += count
 
 
 def _as_stored(scales_out: Tensor, quant: Quant) -> Tensor:

@@ -94,16 +94,15 @@ class Attention(Module):
         indexer = compressor.indexer
         if indexer is None:
             return entries, view
-        pool = cache.index_pool if cache else None
-        if entries.shape[1] <= indexer.topk and pool is None:  # all are picked, whatever their scores
+        pool, picks_all = cache.index_pool if cache else None, entries.shape[1] <= indexer.topk
+        if not picks_all or pool is not None:  # a cache needs the keys of all tokens, for later
+            with torch.no_grad():  # picks have no gradient, so nothing before them needs one
+                keys = indexer.simulated(indexer.entries(x_BSH, groups, entry_turn, pool))
+                keys = keys if pool is None else pool.with_earlier(keys)
+        if picks_all:  # whatever the scores
             self.show("picks", lambda: all_visible(groups, entries))
             return entries, view
-        with torch.no_grad():  # picks have no gradient, so nothing before them needs one
-            keys = indexer.simulated(indexer.entries(x_BSH, groups, entry_turn, pool))
-            keys = keys if pool is None else pool.with_earlier(keys)
-            if entries.shape[1] <= indexer.topk:
-                self.show("picks", lambda: all_visible(groups, entries))
-                return entries, view
+        with torch.no_grad():
             q, weight = indexer.queries(x_BSH, qr_BSQ, setting.turn)
             picks = indexer.picks(q, weight, keys, groups)
         self.show("picks", picks)

@@ -13,8 +13,8 @@ from dsv4ckpt import config as configs
 from dsv4ckpt.config import Fields
 from dsv4ckpt.errors import BadConfig
 from dsv4ckpt.formats import CONFIG_NAME
+from dsv4ckpt.inventory import OVERLAP_RATIO
 
-_OVERLAP_RATIO = 4  # compressors of this ratio pool two windows and have an indexer; all others pool one
 _MAX_POSITIONS, _MAX_WINDOW, _MAX_ROUNDS = 2**24, 2**20, 1000
 
 
@@ -110,7 +110,7 @@ class Config:
 
     def overlaps(self, layer: int) -> bool:
         """Whether a layer's compressor pools the window before as well, and an indexer chooses among its entries."""
-        return self.compress_ratios[layer] == _OVERLAP_RATIO
+        return self.compress_ratios[layer] == OVERLAP_RATIO
 
 
 def _require_known(document: dict[str, Any]) -> None:

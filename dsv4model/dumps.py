@@ -22,6 +22,7 @@ from dsv4ckpt import contained, formats, outdir, probe, shard, strictjson
 from dsv4ckpt.errors import BadManifest, ForeignOutput, MissingFile, Usage
 from dsv4ckpt.stop import StopFlag
 
+from .layers import dtype_name
 from .parity import Look
 
 DUMP_NAME, TENSORS_NAME = "dump.json", "tensors.safetensors"
@@ -70,7 +71,7 @@ def as_ids(ids: Ids) -> Tensor:
 
 def as_dtype(name: str) -> torch.dtype:
     """float32 -> torch.float32; any dtype that a dump can hold. raises KeyError"""
-    return {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}[name]
+    return {dtype_name(dtype): dtype for dtype in DTYPES}[name]
 
 
 # ---- writing
@@ -133,8 +134,8 @@ def _require_storable(tensors: Mapping[str, Tensor]) -> None:
         if tensor.dtype not in DTYPES:
             raise Usage(
                 f"tensor {name!r} has a dtype that dumps do not hold",
-                expected=", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES),
-                found=str(tensor.dtype).removeprefix("torch."),
+                expected=", ".join(dtype_name(dtype) for dtype in DTYPES),
+                found=dtype_name(tensor.dtype),
                 do="cast it to one of these",
             )
 

@@ -14,6 +14,7 @@ from dsv4ckpt.errors import Usage
 
 from .cache import Cache
 from .config import Config
+from .layers import dtype_name
 from .packing import Packing, pack
 
 
@@ -85,7 +86,7 @@ def _require_ids(name: str, ids: Tensor, shape: torch.Size, vocab: int) -> None:
         raise Usage(
             f"{name} is no batch of token ids",
             expected=f"int64 [B, S] with at least one token{'' if ids.shape == shape else ', as input_ids'}",
-            found=f"{_plain(ids.dtype)} {list(ids.shape)}",
+            found=f"{dtype_name(ids.dtype)} {list(ids.shape)}",
             do="hand over a tensor of int64 with one row per sequence",
         )
     least, most = int(ids.min()), int(ids.max())
@@ -104,11 +105,7 @@ def _require_embeddings(embeddings: Tensor, shape: torch.Size, hidden: int, dtyp
         rows = ", ".join(str(size) for size in shape) if len(shape) == 2 and all(shape) else "B, S"
         raise Usage(
             "inputs_embeds does not fit",
-            expected=f"{_plain(dtype)} [{rows}, {hidden}], one embedding per token",
-            found=f"{_plain(embeddings.dtype)} {list(embeddings.shape)}",
+            expected=f"{dtype_name(dtype)} [{rows}, {hidden}], one embedding per token",
+            found=f"{dtype_name(embeddings.dtype)} {list(embeddings.shape)}",
             do="hand over rows of model.model.embed_tokens.weight, or what takes their place",
         )
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -19,6 +19,11 @@ Watcher = Callable[[str, Tensor], None]
 Prepare = Callable[[Tensor], Tensor]  # what the reference's inference does to the inputs of a matrix
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As people write it: float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def wide(x: Tensor) -> Tensor:
     """float32 at least: bfloat16 becomes float32, float64 stays."""
     return x if x.dtype == torch.float64 else x.float()

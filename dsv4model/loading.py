@@ -23,6 +23,7 @@ from dsv4ckpt.survey import survey as survey_of
 from dsv4ckpt.values import Values
 
 from .config import Config
+from .layers import dtype_name
 from .model import Model, dtype_of
 from .packed import SCALES, pack_modules
 from .simulate import Simulation
@@ -59,7 +60,7 @@ def load(
     if dtype not in DTYPES:
         raise Usage(
             "a model cannot be loaded in this dtype",
-            expected=", ".join(str(known).removeprefix("torch.") for known in DTYPES),
+            expected=", ".join(dtype_name(known) for known in DTYPES),
             found=str(dtype),
             do="leave dtype out for bfloat16",
         )

@@ -28,10 +28,10 @@ from .simulate import Simulation
 class Output(NamedTuple):
     """What a forward pass gives."""
 
-    logits: Tensor  # [B, S, V] of the next token; float32 (float64 in a float64 model)
-    mtp_logits: (
-        Tensor | None
-    )  # [B, S, V] of the token after it; None: there is no MTP block, or no token to start from
+    # [B, S, V], float32 (float64 in a float64 model): of the next token, and of the one after it.
+    # None: there is no MTP block, or it was given no next tokens.
+    logits: Tensor
+    mtp_logits: Tensor | None
 
 
 class Block(Module):
@@ -145,10 +145,9 @@ class Embedding(Module):
 class Model(Module):
     """DeepSeek-V4. Parameters are called as transformers calls them; `load` fills them."""
 
-    unused: tuple[
-        str, ...
-    ] = ()  # released names of what the checkpoint has beside this model; `load` fills it
-    notes: tuple[str, ...] = ()  # and what else it found worth saying
+    # What `load` says: released names of what the checkpoint has beside this model, and what else is worth knowing.
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __init__(self, config: Config, simulation: Simulation | None = None) -> None:
         super().__init__()

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from dsv4ckpt.errors import Usage
 
+from .layers import dtype_name
+
 
 class Groups(NamedTuple):
     """The groups of r tokens that the rows are pooled in, and who may see what comes of them.
@@ -26,9 +28,7 @@ class Groups(NamedTuple):
     num: int  # T, of the row that has most
     tokens: Tensor | None  # [B, T * r] which tokens; None: the first T * r, in order
     positions: Tensor  # [B or 1, T] of each group's first token in its document
-    follows: (
-        Tensor | None
-    )  # bool [B, T] whether the group before is of the same document; None: all but the first
+    follows: Tensor | None  # bool [B, T] the group before is of the same document; None: of all but the first
     first: Tensor  # [B or 1, S] the first entry that a token may see ...
     end: Tensor  # [B or 1, S] ... and the one after the last
 
@@ -78,7 +78,7 @@ def pack(shape: torch.Size, device: torch.device, documents: Tensor | None, past
         raise Usage(
             "documents does not fit input_ids",
             expected=f"one whole number per token, {list(shape)}",
-            found=f"{str(documents.dtype).removeprefix('torch.')} {list(documents.shape)}",
+            found=f"{dtype_name(documents.dtype)} {list(documents.shape)}",
             do="give every token the number of its document",
         )
     index = torch.arange(length, device=device).expand(batch, length)

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from dsv4ckpt.errors import Usage
 
+from .layers import dtype_name
+
 _PIECE = 1 << 20  # elements compared at once; a handful of float64 copies of them exist at a time
 _WORDS = {
     2: torch.int16,
@@ -155,7 +157,7 @@ class _Figures:
 
     def __init__(self, name: str, a: Tensor, b: Tensor, tolerance: Tolerance) -> None:
         self.name, self.shape = name, tuple(a.shape)
-        self.dtypes = (_name(a.dtype), _name(b.dtype))
+        self.dtypes = (dtype_name(a.dtype), dtype_name(b.dtype))
         self.a, self.b = a.reshape(_rows_of(self.shape)), b.reshape(_rows_of(self.shape))
         self.tolerance, self.coarse = tolerance, coarser(a.dtype, b.dtype)
         self.dot = self.square_a = self.square_b = self.max_abs = self.max_rel = 0.0
@@ -234,7 +236,14 @@ def _whole_numbers(name: str, a: Tensor, b: Tensor) -> Row:
         values = (_listed(a_rows[first]), _listed(b_rows[first]))
     verdict = Verdict.DIFFERS if len(differing) else Verdict.EQUAL
     return Row(
-        name, shape, (_name(a.dtype), _name(b.dtype)), verdict, len(differing), len(a_rows), at, values
+        name,
+        shape,
+        (dtype_name(a.dtype), dtype_name(b.dtype)),
+        verdict,
+        len(differing),
+        len(a_rows),
+        at,
+        values,
     )
 
 
@@ -265,9 +274,5 @@ def _is_float(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _words(look: Look) -> str:
-    return f"{_name(look.dtype)} {list(look.shape)}"
+    return f"{dtype_name(look.dtype)} {list(look.shape)}"

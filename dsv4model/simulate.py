@@ -41,9 +41,13 @@ class Simulation:
     experts_fp4      weights of the routed experts, as the release stores them: E2M1 in groups of FP4_GROUP
     """
 
+    # window and compressed entries, all but the rotary columns: E4M3 in groups of KV_GROUP
     kv_fp8: bool = False
+    # the indexer's queries and keys: Hadamard, then E2M1 in groups of FP4_GROUP
     indexer_fp4: bool = False
+    # inputs of the matrices that the release quantizes: E4M3, one scale a tile's width
     activations_fp8: bool = False
+    # weights of the routed experts: E2M1 in groups of FP4_GROUP, as they are stored
     experts_fp4: bool = False
 
     @property
