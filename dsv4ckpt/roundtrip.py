@@ -9,7 +9,6 @@ Source: quantization facts 5.2 and 5.5.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -255,17 +254,15 @@ def are_usable(scales: Tensor) -> bool:
     return not bool((scales == formats.E8M0_NAN).any())
 
 
-def chunks(rows: int, cols: int, height: int, first: int = 0) -> Iterator[tuple[int, int]]:
+def chunks(rows: int, cols: int, height: int, first: int = 0) -> list[tuple[int, int]]:
     """(first row, rows) of chunks of about a million values that are whole rows of blocks, from row `first` on.
 
     A chunk that begins within a block ends with it.
     """
-    most, end = max(1, _CHUNK_VALUES // max(1, cols) // height) * height, first + rows
-    while first < end:
-        into = first % height
-        count = min(height - into if into else most, end - first)
-        yield first, count
-        first += count
+    most = max(1, _CHUNK_VALUES // max(1, cols) // height) * height
+    head = min(-first % height, rows)  # what is left of the block that `first` stands in
+    found = [(first, head)] if head else []
+    return found + [(first + head + begin, count) for begin, count in formats.spans(rows - head, most)]
 
 
 def _foreign(what: str) -> BadSidecar:

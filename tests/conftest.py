@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,6 +21,15 @@ def often(pytestconfig: pytest.Config) -> Callable[[int, int], int]:
     """often(usual, nightly): how many times to try."""
     nightly: bool = pytestconfig.getoption("--nightly")
     return lambda usual, many: many if nightly else usual
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny tensors: more threads only wait for each other, for seconds where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

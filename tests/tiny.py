@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from dsv4ckpt import plan, sample, source, survey
+from dsv4ckpt import plan, run, sample, source, survey
 
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 SMALLEST = {"layers": 1, "hidden": 128, "intermediate": 32, "experts": 6, "heads": 2, "vocab": 512}  # 0.9 MB
@@ -138,6 +138,14 @@ def survey_of(directory: Path, *, follow_links: bool = False) -> survey.Survey:
 def plan_of(directory: Path, *, follow_links: bool = False) -> plan.Plan:
     """What `dsv4 convert --dry-run` does: everything before the first byte is written."""
     return plan.make_plan(survey_of(directory, follow_links=follow_links), plan.ConvertOptions())
+
+
+def convert(src: Path, dst: Path, *, workers: int = 2, **options: Any) -> run.Summary:
+    """Survey, plan, execute."""
+    checkpoint = source.open_checkpoint(str(src))
+    chosen = plan.ConvertOptions(**options)
+    made = plan.make_plan(survey.survey(checkpoint, unit_scales=chosen.unit_scales), chosen)
+    return run.execute(made, checkpoint, str(dst), num_workers=workers)
 
 
 def is_plain(text: str) -> bool:

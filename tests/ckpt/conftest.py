@@ -9,8 +9,7 @@ import pytest
 import tiny
 import torch
 
-from dsv4ckpt import plan, run, sample, source, survey
-from dsv4ckpt.plan import ConvertOptions
+from dsv4ckpt import run, sample
 
 
 @pytest.fixture(scope="session")
@@ -36,17 +35,9 @@ def flushing() -> Iterator[None]:
     torch.set_flush_denormal(False)
 
 
-def convert_to(src: Path, dst: Path, *, workers: int = 2, **options: object) -> run.Summary:
-    """Survey, plan, execute."""
-    checkpoint = source.open_checkpoint(str(src))
-    chosen = ConvertOptions(**options)  # type: ignore[arg-type]
-    made = plan.make_plan(survey.survey(checkpoint, unit_scales=chosen.unit_scales), chosen)
-    return run.execute(made, checkpoint, str(dst), num_workers=workers)
-
-
 @pytest.fixture(scope="session")
 def convert() -> Callable[..., run.Summary]:
-    return convert_to
+    return tiny.convert
 
 
 @pytest.fixture(scope="session")

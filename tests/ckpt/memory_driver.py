@@ -12,18 +12,13 @@ import sys
 import traceback
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # pytest's conftest.py does this for tests
+
+from peaks import kilobytes
+
 from dsv4ckpt import original, plan, run, sidecar, source, survey
 from dsv4ckpt.formats import Target
 from dsv4ckpt.names import Namespace
-
-
-def kilobytes(key: str) -> int:
-    """A line of this process's own status: VmRSS is what it holds, VmHWM the most it ever held."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == key:
-            return int(value.split()[0])
-    raise KeyError(key)
 
 
 def convert(src: Path, out: Path, target: Target, namespace: Namespace) -> None:

@@ -15,7 +15,8 @@ import torch
 from dsv4ckpt import names, source, survey
 from dsv4ckpt.errors import NotFinite
 from dsv4ckpt.formats import Target
-from dsv4ckpt.values import Values, _chunks
+from dsv4ckpt.roundtrip import chunks
+from dsv4ckpt.values import Values
 
 WQ_B, EXPERT, GATE = (
     "layers.0.attn.wq_b.weight",
@@ -145,7 +146,7 @@ def test_rows_of_a_matrix_are_rows_of_the_whole_wherever_tiles_begin(
     whole = filled(sample_of(release), WQ_B, torch.bfloat16)
     assert whole.shape[0] == 512
     for size in (1 << 20, 1):  # a tile's rows at a time, too
-        monkeypatch.setattr("dsv4ckpt.values._CHUNK_VALUES", size)
+        monkeypatch.setattr("dsv4ckpt.roundtrip._CHUNK_VALUES", size)
         assert torch.equal(filled(sample_of(release), WQ_B, torch.bfloat16, rows), whole[rows])
 
 
@@ -158,12 +159,12 @@ def test_chunks_cover_the_rows_and_none_crosses_into_a_tile_it_does_not_begin() 
         (3, 4, 1),
         (0, 0, 32),
     ]:
-        chunks = list(_chunks(first, rows, 1 << 14, height))
-        assert [row for begin, count in chunks for row in range(begin, begin + count)] == list(
+        found = list(chunks(rows, 1 << 14, height, first))
+        assert [row for begin, count in found for row in range(begin, begin + count)] == list(
             range(first, first + rows)
         )
-        assert all(begin % height == 0 or begin % height + count <= height for begin, count in chunks)
-        assert all(count <= max(height, 64) for _, count in chunks)
+        assert all(begin % height == 0 or begin % height + count <= height for begin, count in found)
+        assert all(count <= max(height, 64) for _, count in found)
 
 
 @pytest.mark.slow

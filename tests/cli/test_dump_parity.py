@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import tiny
 import torch
-from dsv4cli import main as cli
+from in_process import Dsv4
+from in_process import dsv4 as dsv4
 from torch import Tensor
 
 from dsv4model import dumps, loading
@@ -19,41 +20,7 @@ IDS = [[5, 17, 200, 3, 44, 501, 7, 8, 9, 10, 300, 12]]
 SIZES: dict[str, Any] = {"hidden": 128, "intermediate": 32, "experts": 6, "heads": 2, "vocab": 512}
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> Any:
-        return json.loads(self.out)
-
-
-Dsv4 = Callable[..., Done]
-
-
-@pytest.fixture
-def dsv4(capsys: pytest.CaptureFixture[str]) -> Dsv4:
-    """Run the command in this process: importing torch takes seconds."""
-
-    def run(*arguments: object) -> Done:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main([str(argument) for argument in arguments])
-        code = left.value.code
-        assert isinstance(code, int)
-        return Done(code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """These tensors are too small to share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

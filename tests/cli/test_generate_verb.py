@@ -7,16 +7,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import tiny
 import tokenizers
 import torch
 from dsv4cli import generate as verb
-from dsv4cli import main as cli
+from in_process import Dsv4
+from in_process import dsv4 as dsv4
 
 from dsv4ckpt import plan, run
 from dsv4ckpt.formats import Target
@@ -27,41 +27,7 @@ SIZES: dict[str, Any] = {"hidden": 128, "intermediate": 32, "experts": 6, "heads
 BOS, EOS, USER, ASSISTANT, THINK, END_THINK = 0, 1, 3, 4, 5, 6
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> Any:
-        return json.loads(self.out)
-
-
-Dsv4 = Callable[..., Done]
-
-
-@pytest.fixture
-def dsv4(capfd: pytest.CaptureFixture[str]) -> Dsv4:
-    """Run the command in this process: importing torch takes seconds."""
-
-    def run(*arguments: object) -> Done:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main([str(argument) for argument in arguments])
-        code = left.value.code
-        assert isinstance(code, int)
-        return Done(code, *capfd.readouterr())
-
-    return run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """These tensors are too small to share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

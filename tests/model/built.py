@@ -7,13 +7,12 @@ Source: the rename tables of dsv4ckpt.names; dsv4model.trace for the names of wh
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import oracle
-import pytest
 import torch
 from torch import Tensor
 
@@ -28,15 +27,6 @@ EXACT = 1e-12
 # 3.8e-6; every sum on the way is rounded as well.  Measured: 4.5e-6.
 CLOSE = 5e-6
 CLOSE_LOGITS = 2e-5  # as it is; measured: 1.3e-5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These tensors are too small to share. A module of tests gets it by importing its name."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def place_of(released: str) -> Place:

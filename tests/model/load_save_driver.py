@@ -10,20 +10,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # pytest's conftest.py does this for tests
+
 import torch
+from peaks import kilobytes
 
 from dsv4model.loading import load
 from dsv4model.model import Model
 from dsv4model.saving import save
-
-
-def kilobytes(key: str) -> int:
-    """A line of this process's own status: VmRSS is what it holds, VmHWM the most it ever held."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == key:
-            return int(value.split()[0])
-    raise KeyError(key)
 
 
 def peak_of(work: Callable[[], object]) -> tuple[object, int]:

@@ -15,13 +15,14 @@ import pytest
 import tiny_model
 import torch
 from built import built
-from built import one_thread as one_thread
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dsv4ckpt.errors import Environment, NotFinite, Usage
 from dsv4model import generate as decoding
 from dsv4model.generate import TextStream, generate, next_token, nucleus, seeded
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DOCUMENT = tiny_model.tiny_document()
 WEIGHTS = tiny_model.random_weights(DOCUMENT, seed=1)

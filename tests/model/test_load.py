@@ -12,7 +12,6 @@ import tiny
 import torch
 from safetensors import safe_open
 
-from dsv4ckpt import plan, run
 from dsv4ckpt.errors import BadConfig, Dsv4Error, MissingScale, NotConform, NotFinite, Usage
 from dsv4ckpt.formats import Target
 from dsv4ckpt.names import Namespace
@@ -22,33 +21,7 @@ from dsv4model.loading import load
 
 V4 = ["flash", "flash-base", "flash-0731", "pro", "pro-base", "pro-0813"]
 COPIES = ("mtp.0.emb.tok_emb.weight", "mtp.0.head.weight")
-Make = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """made("flash", target, namespace): a release's sample, or a conversion of it; made once."""
-    base, found = tmp_path_factory.mktemp("load"), dict[tuple[Any, ...], Path]()
-
-    def directory(name: str, target: Target | None = None, space: Namespace = Namespace.DEEPSEEK) -> Path:
-        key = (name, target, space)
-        if key not in found:
-            where = base / "-".join(map(str, key))
-            found[key] = where
-            if target is None:
-                tiny.make_sample(name, where)
-            else:
-                convert(directory(name), where, target=target, namespace=space)
-        return found[key]
-
-    return directory
-
-
-def convert(src: Path, out: Path, **options: Any) -> Path:
-    chosen = plan.ConvertOptions(**options)
-    surveyed = tiny.survey_of(src)
-    run.execute(plan.make_plan(surveyed, chosen), surveyed.checkpoint, str(out), num_workers=1)
-    return out
+Make = Callable[..., Path]  # made(release, target, namespace)
 
 
 def converted_values(directory: Path) -> dict[str, torch.Tensor]:
@@ -156,7 +129,8 @@ def test_loading_takes_a_survey_as_well_as_a_path(made: Make) -> None:
 @pytest.mark.slow
 def test_cut_down_checkpoints_load(made: Make, tmp_path: Path) -> None:
     """--layers and --mtp drop make models that run."""
-    model = load(convert(made("flash"), tmp_path / "cut", target=Target.BF16, layers=(1, 3), keep_mtp=False))
+    tiny.convert(made("flash"), tmp_path / "cut", target=Target.BF16, layers=(1, 3), keep_mtp=False)
+    model = load(tmp_path / "cut")
     assert model.config.num_layers == 2 and not model.mtp
     out = model(torch.zeros(1, 4, dtype=torch.int64))
     assert out.logits.isfinite().all() and out.mtp_logits is None

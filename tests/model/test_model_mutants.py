@@ -20,9 +20,10 @@ import numpy as np
 import oracle
 import pytest
 from built import built, expected, first_difference, shown
-from built import one_thread as one_thread
 
 import dsv4model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PRODUCT = Path(dsv4model.__file__).parent
 COPY = "dsv4model_mutant"

@@ -9,10 +9,11 @@ import oracle
 import pytest
 import torch
 from built import CLOSE, CLOSE_LOGITS, EXACT, built, distances, expected, first_difference, shown
-from built import one_thread as one_thread
 
 from dsv4model import trace
 from dsv4model.config import Config
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DOCUMENTS: dict[str, dict[str, Any]] = {
     "flash": {},  # ratios 0 0 4 128, hash then score, YaRN, clamps that bind, an MTP block

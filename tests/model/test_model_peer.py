@@ -12,11 +12,13 @@ import peer
 import pytest
 import torch
 from built import CLOSE, built, distances, expected, place_of, placed, shown
-from built import one_thread as one_thread
 
 from dsv4model import trace_transformers
 
-pytestmark = pytest.mark.slow  # transformers alone takes seconds to import
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.slow,
+]  # transformers alone takes seconds to import
 
 CLOSE_OUTPUTS = 2e-5  # of logits and of the streams after a layer, which are at most 20; measured: 1.6e-5
 CLOSE_GRADIENTS = (

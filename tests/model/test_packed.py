@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -303,15 +303,6 @@ def logits_and_gradient(model: Model, ids: Tensor) -> tuple[Tensor, Tensor]:
     grad = model.model.embed_tokens.weight.grad
     assert grad is not None
     return out.logits.detach(), grad
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Several threads add up float32 gradients of an indexed tensor in any order, the dense model's as well."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ import oracle
 import pytest
 import torch
 from built import EXACT, built, expected, first_difference, placed, shown
-from built import one_thread as one_thread
 from torch import Tensor
 
 from dsv4ckpt import release
@@ -28,6 +27,8 @@ from dsv4model.model import Model, dtype_of
 from dsv4model.moe import Router, affinity, swiglu
 from dsv4model.packing import pack
 from dsv4model.simulate import Simulation
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BF16 = torch.bfloat16
 FLASH = release.shipped_config("flash")

@@ -16,7 +16,7 @@ from dsv4cli.main import main
 from safetensors import safe_open
 from torch import Tensor
 
-from dsv4ckpt import outdir, plan, run, sink
+from dsv4ckpt import outdir, sink
 from dsv4ckpt.errors import ForeignOutput, NoSpace, NotConform, NotFinite, Usage, VanishingChange
 from dsv4ckpt.formats import MANIFEST_NAME, OUR_NAMES, SUMS_NAME, WORK_NAME, Storage, Target
 from dsv4ckpt.names import Namespace
@@ -28,26 +28,6 @@ from dsv4model.saving import save
 RELEASES = ["flash", "flash-base", "flash-0731"]
 HEAD, EXPERT = "head.weight", "layers.1.ffn.experts.2.w1.weight"
 Make = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """made("flash", target, namespace): a release's sample, or a conversion of it; made once."""
-    base, found = tmp_path_factory.mktemp("save"), dict[tuple[Any, ...], Path]()
-
-    def directory(name: str, target: Target | None = None, space: Namespace = Namespace.DEEPSEEK) -> Path:
-        key = (name, target, space)
-        if key not in found:
-            found[key] = where = base / "-".join(map(str, key))
-            if target is None:
-                tiny.make_sample(name, where)
-            else:
-                surveyed = tiny.survey_of(directory(name))
-                options = plan.ConvertOptions(target=target, namespace=space)
-                run.execute(plan.make_plan(surveyed, options), surveyed.checkpoint, str(where), num_workers=1)
-        return found[key]
-
-    return directory
 
 
 def trees(*directories: Path) -> list[dict[str, str]]:
