@@ -16,13 +16,13 @@ demo: .venv/run.stamp
 	@echo
 	@echo "That worked. Try next (after: . $(BIN)/activate):"
 	@echo "  dsv4 inspect $(DEMO)/flash                                    what is in it"
-	@echo "  dsv4 convert $(DEMO)/bf16 $(DEMO)/again --to native             the released bytes again"
-	@echo "  dsv4 verify $(DEMO)/flash $(DEMO)/again --level bytes           proven"
+	@echo "  dsv4 convert $(DEMO)/bf16 $(DEMO)/again --to native              the released bytes again"
+	@echo "  dsv4 verify $(DEMO)/flash $(DEMO)/again --level bytes            proven"
 	@echo "  dsv4 verify $(DEMO)/bf16                                      complete, and every SHA-256 right"
 	@echo "  (cd $(DEMO)/bf16 && sha256sum -c dsv4.sha256)                 the same without dsv4"
 	@echo "  dsv4 generate $(DEMO)/bf16 --text Hello                       it speaks, though not sense: weights are random"
-	@echo "  dsv4 convert $(DEMO)/flash $(DEMO)/two --to bf16 --layers 0-1   a smaller model that runs"
-	@echo "  dsv4 convert DeepSeek-V4-Flash out --to bf16 --dry-run      the real files, once you have them"
+	@echo "  dsv4 convert $(DEMO)/flash $(DEMO)/two --to bf16 --layers 0-1    a smaller model that runs"
+	@echo "  dsv4 convert DeepSeek-V4-Flash out --to bf16 --dry-run     the real files, once you have them"
 
 test: lint types tests
 
