@@ -50,10 +50,14 @@ _PRO_SCALING = (
 _BASE_COPIES = ("mtp.0.emb.tok_emb.weight", "mtp.0.head.weight")
 
 
-@functools.cache
 def shipped_config(name: str) -> dict[str, Any]:
-    """The config.json of a release, from the package."""
-    return configs.parse(resources.files(__package__).joinpath("releases", f"{name}.json").read_bytes())
+    """The config.json of a release, from the package: the caller's own, to change as it likes."""
+    return configs.parse(_shipped_bytes(name))
+
+
+@functools.cache
+def _shipped_bytes(name: str) -> bytes:
+    return resources.files(__package__).joinpath("releases", f"{name}.json").read_bytes()
 
 
 class Seen(NamedTuple):

@@ -480,3 +480,8 @@ def test_every_storage_says_how_experts_and_dense_matrices_are_kept() -> None:
     assert set(QUANTS) == set(Storage)
     for storage, quants in QUANTS.items():
         assert not quants if storage is Storage.BF16 else quants.keys() >= {Kind.EXPERT, Kind.DENSE}
+
+
+def test_shipped_config_that_somebody_changed_comes_unchanged_to_the_next() -> None:
+    shipped_config("flash")["rope_scaling"]["factor"] = 1
+    assert shipped_config("flash")["rope_scaling"]["factor"] == 16
