@@ -1,4 +1,4 @@
-"""What every verb shares: its options, signals, errors as words.  Knows no verb."""
+"""What every verb shares: its options, signals, its place in a job of many ranks.  Knows no verb."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
 from dsv4ckpt.errors import EXIT_SIGNAL
+from dsv4ckpt.ranks import ALONE, Ranks
 from dsv4ckpt.stop import StopFlag
 
 from .words import Console
@@ -21,15 +22,49 @@ from .words import Console
 _Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 
 
+class Place(NamedTuple):
+    """Which rank this process is, of how many."""
+
+    rank: int
+    size: int
+
+
+def place_in_job() -> Place:
+    """As torchrun tells the processes that it starts; without it, alone."""
+    told = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
+    if "MASTER_ADDR" not in os.environ or not all(text.isdecimal() and len(text) < 10 for text in told):
+        return Place(0, 1)
+    return Place(int(told[0]), int(told[1]))
+
+
+@contextmanager
+def ranks_of_this_job() -> Iterator[Ranks]:
+    """The ranks that torchrun started, joined while the block runs. raises Environment"""
+    if place_in_job().size == 1:
+        yield ALONE
+        return
+    from dsv4ckpt import process_group  # brings torch
+
+    with ExitStack() as stack:
+        before = _handle(signal.SIG_DFL)  # no handler of ours runs while torch waits for the other ranks
+        try:
+            ranks = stack.enter_context(process_group.joined())
+        finally:
+            _restore(before)
+        yield ranks
+
+
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--json, -q and -v, handed to the verb as one Console."""
+    """--json, -q and -v, handed to the verb as one Console. Of several ranks only the first one speaks."""
 
     @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout; words go to stderr.")
     @click.option("-q", "--quiet", is_flag=True, help="No words, no progress; errors only.")
     @click.option("-v", "--verbose", is_flag=True, help="More detail, and a traceback for our own bugs.")
     @functools.wraps(command)
     def wrapped(*args: Any, as_json: bool, quiet: bool, verbose: bool, **kwargs: Any) -> Any:
-        return command(*args, console=Console(as_json=as_json, quiet=quiet, verbose=verbose), **kwargs)
+        others = place_in_job().rank > 0
+        console = Console(as_json=as_json and not others, quiet=quiet or others, verbose=verbose)
+        return command(*args, console=console, **kwargs)
 
     return wrapped
 

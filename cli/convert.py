@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from dsv4ckpt import original, outdir, plan, source, strictjson, survey
+from dsv4ckpt import original, outdir, paper, plan, scaling, source, strictjson, survey
 from dsv4ckpt import sidecar as sidecars
 from dsv4ckpt.errors import EXIT_OK, Usage
 from dsv4ckpt.formats import MAX_INDEX_BYTES, SIDECAR_NAME, Target
@@ -17,11 +17,29 @@ from dsv4ckpt.original import Original
 from dsv4ckpt.plan import ConvertOptions, Plan, ScalePolicy
 from dsv4ckpt.stop import StopFlag
 
-from .common import common_options, follow_links_option, stopping_on_signals, without_collecting
+from .common import (
+    common_options,
+    follow_links_option,
+    place_in_job,
+    ranks_of_this_job,
+    stopping_on_signals,
+    without_collecting,
+)
 from .progress import Progress
 from .words import Console, LayerList, Size, human, plural, spans, table
 
 _SHOWN = 20  # quantized tensors; --json lists all
+
+
+class Rate(Size):
+    """Bytes per second: 5GB/s, or 5GB."""
+
+    name = "rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return super().convert(
+            value.strip().removesuffix("/s") if isinstance(value, str) else value, param, ctx
+        )
 
 
 @click.command("convert")
@@ -65,6 +83,20 @@ _SHOWN = 20  # quantized tensors; --json lists all
     help="Shards at a time; never changes bytes.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done, from headers only.")
+@click.option(
+    "--bandwidth",
+    type=Rate(),
+    metavar="RATE",
+    help="--dry-run: predict the time; RATE, such as 5GB/s, is what the file system gives to all ranks together, "
+    "reading and writing added.",
+)
+@click.option(
+    "--ranks",
+    "num_ranks",
+    type=click.IntRange(1, 65536),
+    metavar="N",
+    help="--dry-run: of so many processes under torchrun, each with --workers cores.  [default: 1]",
+)
 @click.option("--allow-nan", multiple=True, metavar="NAME", help="Accept NaN and infinities in this tensor.")
 @click.option(
     "--unit-scale", multiple=True, metavar="NAME", help="This FP8 weight has no scales: take them as 1."
@@ -112,6 +144,8 @@ def command(
     max_shard_size: int,
     workers: int,
     dry_run: bool,
+    bandwidth: int | None,
+    num_ranks: int | None,
     allow_nan: tuple[str, ...],
     unit_scale: tuple[str, ...],
     released: str | None,
@@ -129,6 +163,9 @@ def command(
     unless you say so. A conversion remembers what values do not tell, so that --to native makes the released bytes
     again. Memory stays below 1 GB for any checkpoint. Stop it at any time: the same command continues.
 
+    Under torchrun the ranks share the work; DST is on a file system that all of them see. To plan such a job without
+    the files, SRC may be release:NAME, with --dry-run.
+
     \b
     Examples:
       dsv4 convert DeepSeek-V4-Flash bf16 --to bf16
@@ -137,6 +174,8 @@ def command(
       dsv4 convert DeepSeek-V4-Flash out --to nvfp4
       dsv4 convert DeepSeek-V4-Flash out --to bf16 --names transformers
       dsv4 convert DeepSeek-V4-Flash tiny --to bf16 --layers 0-3 --mtp drop
+      torchrun --nproc-per-node 4 -m dsv4cli convert DeepSeek-V4-Pro bf16 --to bf16
+      dsv4 convert release:pro-base bf16 --to bf16 --dry-run --bandwidth 5GB/s --ranks 64
     """
     options = ConvertOptions(
         target=Target(target),
@@ -152,14 +191,28 @@ def command(
     )
     if (released or sidecar) and options.target is not Target.NATIVE:
         raise Usage("--source and --sidecar go with --to native", do="leave them out")
+    if not dry_run and (bandwidth or num_ranks):
+        raise Usage("--bandwidth and --ranks go with --dry-run", do="leave them out; torchrun starts ranks")
+    on_paper = src.startswith(paper.PREFIX)
+    if on_paper and not dry_run:
+        raise Usage(
+            f"{src[:80]!r} stands for a release without its files: there is nothing to convert",
+            do="add --dry-run, or name a directory",
+        )
     if os.path.realpath(src) == os.path.realpath(dst):
         raise Usage("DST is SRC: nothing is converted in place", do="name a new directory")
     with without_collecting():
-        checkpoint = source.open_checkpoint(src, follow_links=follow_links)
+        if on_paper:
+            checkpoint: source.Checkpoint = paper.on_paper(src.removeprefix(paper.PREFIX))
+        else:
+            checkpoint = source.open_checkpoint(src, follow_links=follow_links)
         known = _original(src, released, sidecar, options, follow_links)
         made = plan.make_plan(survey.survey(checkpoint, unit_scales=options.unit_scales), options, known)
     if dry_run:
-        return _dry_run(made, dst, console)
+        predicted = None
+        if bandwidth or num_ranks:
+            predicted = scaling.predict(made, num_ranks or 1, workers, bandwidth)
+        return _dry_run(made, dst, console, predicted, needs_space=not on_paper)
     return _carry_out(made, checkpoint, src, dst, workers, accept_changes, console)
 
 
@@ -189,7 +242,7 @@ def _original(
     src: str, released: str | None, sidecar: str | None, options: ConvertOptions, follow_links: bool
 ) -> Original | None:
     """What is at hand of the release that SRC was made from."""
-    if options.target is not Target.NATIVE:
+    if options.target is not Target.NATIVE or src.startswith(paper.PREFIX):
         return None
     if released:
         checkpoint = source.open_checkpoint(released, follow_links=follow_links)
@@ -202,18 +255,64 @@ def _original(
     return original.of_sidecar(found) if found else None
 
 
-def _dry_run(made: Plan, dst: str, console: Console) -> int:
+def _dry_run(
+    made: Plan, dst: str, console: Console, predicted: scaling.Prediction | None, *, needs_space: bool
+) -> int:
+    """needs_space: DST is where the output will go, and not only a word."""
     needed, free = outdir.space_needed(made.total_bytes), outdir.free_bytes(dst)
-    _say_plan(made, console, files=True)
+    _say_plan(made, console, files=predicted is None)
     console.say(f"  space     {needed:,} bytes needed, {free:,} free")
+    if predicted:
+        _say_prediction(predicted, console)
     document = {**made.document(), "plan_sha256": made.sha256, "bytes": made.total_bytes}
     for file in document["files"]:
         del file["steps"]
     left = [{"name": item.name, "reason": item.left} for item in made.left]
-    console.document({**document, "left": left, "space": {"needed": needed, "free": free}})
-    outdir.require_space(dst, made.total_bytes)
+    document |= {"left": left, "space": {"needed": needed, "free": free}}
+    console.document(document | ({"prediction": _prediction_document(predicted)} if predicted else {}))
+    if needs_space:
+        outdir.require_space(dst, made.total_bytes)
     console.say("nothing was written: this was a dry run")
     return EXIT_OK
+
+
+def _say_prediction(predicted: scaling.Prediction, console: Console) -> None:
+    loads = predicted.loads
+    least, most = min(loads), max(loads)
+    idle = sum(not load.bytes_out for load in loads)
+    if len(loads) == 1:
+        console.say(f"  rank      reads {human(most.bytes_in)}, writes {human(most.bytes_out)}")
+    else:
+        console.say(f"  ranks     {len(loads):,}; the least loaded reads {human(least.bytes_in)} and writes "
+                    f"{human(least.bytes_out)}, the most loaded {human(most.bytes_in)} and {human(most.bytes_out)}"
+                    + (f"; {idle:,} have nothing to do" if idle else ""))  # fmt: skip
+    data = "unknown without --bandwidth" if predicted.data is None else f"{predicted.data:,.0f} s"
+    console.say(f"  time      {predicted.seconds:,.0f} s: start {predicted.start:,.0f} s, then the longer of data "
+                f"({data}) and computing ({predicted.cpu:,.0f} s), finish {predicted.finish:,.0f} s")  # fmt: skip
+    console.say(f"  limit     {predicted.bottleneck}")
+
+
+def _prediction_document(predicted: scaling.Prediction) -> dict[str, Any]:
+    loads = predicted.loads
+    return {
+        "ranks": len(loads),
+        "bytes_in": {
+            "least": min(load.bytes_in for load in loads),
+            "most": max(load.bytes_in for load in loads),
+        },
+        "bytes_out": {
+            "least": min(load.bytes_out for load in loads),
+            "most": max(load.bytes_out for load in loads),
+        },
+        "seconds": {
+            "start": predicted.start,
+            "data": predicted.data,
+            "cpu": predicted.cpu,
+            "finish": predicted.finish,
+            "total": predicted.seconds,
+        },
+        "limit": predicted.bottleneck,
+    }
 
 
 def _say_plan(made: Plan, console: Console, *, files: bool) -> None:
@@ -262,8 +361,13 @@ def _carry_out(
     from dsv4ckpt import run  # brings torch
 
     _say_plan(made, console, files=console.verbose)
-    stop = StopFlag()
-    with Progress("convert", quiet=console.quiet) as progress, stopping_on_signals(stop):
+    stop, size = StopFlag(), place_in_job().size
+    what = "convert" if size == 1 else f"convert, rank 0 of {size:,}"
+    with (
+        ranks_of_this_job() as ranks,
+        Progress(what, quiet=console.quiet) as progress,
+        stopping_on_signals(stop),
+    ):
 
         def on_event(event: run.Event) -> None:
             if isinstance(event, run.Started):
@@ -279,6 +383,7 @@ def _carry_out(
             accept_changes=accept_changes,
             on_event=on_event,
             stop=stop,
+            ranks=ranks,
         )
     console.document(_document(made, summary, dst, progress))
     if summary.was_complete:
@@ -289,7 +394,8 @@ def _carry_out(
             if summary.num_resumed
             else ""
         )
-        console.say(f"done in {progress.seconds:.1f} s, {human(progress.rate)}/s{kept}")
+        by = "" if size == 1 else f" by each of {size:,} ranks"
+        console.say(f"done in {progress.seconds:.1f} s, {human(progress.rate)}/s{by}{kept}")
     if made.original and not summary.was_complete:
         console.say(
             f"{plural(summary.num_untouched, 'tensor')} came out as the release has them, "

@@ -5,6 +5,7 @@ Verbs are imported when they are called: --help, inspect and --dry-run must not 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import json
@@ -18,9 +19,9 @@ from typing import NoReturn
 import click
 
 from dsv4ckpt import __version__
-from dsv4ckpt.errors import EXIT_SIGNAL, EXIT_USAGE, Dsv4Error
+from dsv4ckpt.errors import EXIT_SIGNAL, EXIT_USAGE, Dsv4Error, Usage
 
-from .common import ending_on_signals
+from .common import ending_on_signals, place_in_job
 from .words import style
 
 _VERBS = {
@@ -32,6 +33,7 @@ _VERBS = {
     "parity": "Compare two dumps and find the first divergence.",
     "generate": "Let a model continue a text, to see that it speaks.",
 }
+_ON_MANY_RANKS = {"convert"}  # under torchrun; the others would do the same work once for each rank
 _OUR_BUG = 70
 _SECRETS = re.compile(  # a token of the Hub; what a request is signed with
     r"hf_[A-Za-z0-9]{8,}|(?P<kept>(?:authorization|x-amz-[a-z-]+)[^\w\n]{1,6}(?:(?:bearer|basic)\s+)?|bearer +)"
@@ -55,6 +57,13 @@ class _Verbs(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in _VERBS and not args[0].startswith("-"):
             raise click.UsageError(f"there is no verb {args[0]!r}; the verbs are {', '.join(_VERBS)}", ctx)
+        size = place_in_job().size
+        if size > 1 and args and args[0] in _VERBS.keys() - _ON_MANY_RANKS:
+            raise Usage(
+                f"{args[0]} runs in one process, and this is one of {size:,} ranks",
+                expected=f"torchrun with {' or '.join(sorted(_ON_MANY_RANKS))}",
+                do="start it without torchrun; within a job of other ranks: env -u WORLD_SIZE dsv4 ...",
+            )
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
@@ -85,33 +94,53 @@ def main(argv: list[str] | None = None) -> NoReturn:
 def _run(arguments: list[str]) -> NoReturn:
     # torch says this at import where numpy is not installed; we do without it
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    code = _carried_out(arguments)
+    if code and place_in_job().size > 1:
+        # threads of the process group may wait for a meeting that never comes, and the interpreter for them
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _carried_out(arguments: list[str]) -> int:
+    """Do what the arguments say. The exit code."""
     try:
-        sys.exit(dsv4.main(args=arguments, prog_name="dsv4", standalone_mode=False) or 0)
+        return dsv4.main(args=arguments, prog_name="dsv4", standalone_mode=False) or 0
     except click.ClickException as error:
         told = io.StringIO()
         error.show(told)
-        click.echo(_redacted(told.getvalue()), err=True, nl=False)
-        sys.exit(EXIT_USAGE)
+        click.echo(_speaker() + _redacted(told.getvalue()), err=True, nl=False)
+        return EXIT_USAGE
     except Dsv4Error as error:
         _tell(error, as_json="--json" in arguments)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        sys.exit(EXIT_SIGNAL + 2)
+        return EXIT_SIGNAL + 2
     except BrokenPipeError:
         sys.stderr.close()  # the reader went away; nothing is left to say
-        sys.exit(EXIT_SIGNAL + 13)
+        return EXIT_SIGNAL + 13
     except Exception as error:  # noqa: BLE001 - the last line: whatever gets here is our bug
         if "-v" in arguments or "--verbose" in arguments:
             click.echo(_placeless(traceback.format_exc()), err=True, nl=False)
-        click.echo(_placeless(f"dsv4: internal error: {type(error).__name__}: {error}"), err=True)
+        what = f"{_speaker()}dsv4: internal error: {type(error).__name__}: {error}"
+        click.echo(_placeless(what), err=True)
         click.echo("    do        please report this; -v prints where it happened", err=True)
-        sys.exit(_OUR_BUG)
+        return _OUR_BUG
+
+
+def _speaker() -> str:
+    """Who says it, where it is not the first of several ranks."""
+    rank = place_in_job().rank
+    return f"rank {rank}: " if rank else ""
 
 
 def _tell(error: Dsv4Error, *, as_json: bool) -> None:
     kind = type(error).__name__
-    click.echo(f"{style(kind, sys.stderr, fg='red', bold=True)}: {_redacted(str(error))}", err=True)
-    if as_json:
+    headline = f"{_speaker()}{style(kind, sys.stderr, fg='red', bold=True)}"
+    click.echo(f"{headline}: {_redacted(str(error))}", err=True)
+    if as_json and place_in_job().rank == 0:
         facts = {"what": error.what, **error.facts}
         told = {"class": kind, **{fact: _redacted(text) for fact, text in facts.items()}}
         click.echo(json.dumps({"error": told}, indent=2))

@@ -12,7 +12,6 @@ from typing import Any
 
 from . import config as configs
 from . import shard
-from .contained import opened
 from .errors import BadSidecar, NotConform
 from .formats import INDEX_NAME
 from .shard import Entry
@@ -62,10 +61,7 @@ class Original:
 def remember(survey: Survey) -> Remembered:
     """Headers, config and index of a checkpoint as they stand. raises SourceChanged, Environment"""
     checkpoint = survey.checkpoint
-    headers = []
-    for item in checkpoint.shards.values():
-        with opened(checkpoint.directory, item.name, checkpoint.follow_links) as fd:
-            headers.append((item.name, shard.read_exactly(fd, item.header.data_start, 0, item.name)))
+    headers = [(name, checkpoint.header_bytes(name)) for name in checkpoint.shards]
     identity = survey.identity
     return Remembered(
         identity.release.name,

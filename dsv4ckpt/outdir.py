@@ -3,6 +3,9 @@
 A file under its final name is complete and correct, and stays so over a power cut.  What is unfinished lives in
 `.dsv4/` inside the directory (same file system, and no name there ends in .safetensors); the manifest comes last.
 Uniqueness of temporary names and determinism make two runs harmless even where locks lie; the lock is for manners.
+
+The ranks of one job share a directory: rank 0 opens it, the others join.  Each has a journal of its own, which every
+later run reads, however many ranks it has; all hold the lock together, so that the job lasts until the last is gone.
 """
 
 from __future__ import annotations
@@ -24,18 +27,23 @@ from .errors import Busy, Dsv4Error, Environment, ForeignOutput, NoSpace, printa
 from .formats import MANIFEST_NAME, WORK_NAME
 from .sink import FileSink, Receipt, io_errors
 
-_OUR_WORK_FILES = ("journal", "lock", "plan")  # in this order: what still has a plan is taken up again
+_PLAN, _JOURNAL, _REFUSED = "plan", "journal", "refused"
+_OUR_WORK_FILES = (_REFUSED, "lock", _PLAN)  # in this order: what still has a plan is taken up again
 _SPACE_MARGIN = 64 * 1024 * 1024  # bytes kept free beyond the output itself
 PART_PREFIX = "roundtrip."  # of the files that `new_part` makes
 
 
 class OutDir:
-    """An output directory that belongs to one plan. Use `open_outdir`."""
+    """An output directory that belongs to one plan. Use `open_outdir` or `join_outdir`."""
 
-    def __init__(self, path: str, plan_sha256: str, source_sha256: str) -> None:
+    def __init__(self, path: str, plan_sha256: str, source_sha256: str, rank: int = 0) -> None:
         self.path = path
         self._plan_sha256 = plan_sha256
         self._source_sha256 = source_sha256
+        self._journal = f"{_JOURNAL}.{rank}" if rank else _JOURNAL
+        self._known: set[str] = set()
+        self._good_bytes = 0  # of our journal, before a torn tail
+        self._is_shared = False  # other ranks write here too
         self._work = os.path.join(path, WORK_NAME)
         self._host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
         self._journal_fd = -1
@@ -86,11 +94,9 @@ class OutDir:
         known   names of the files that the plan makes
         raises  ForeignOutput if anything else lies there
         """
-        stamp = os.path.join(self._work, "plan")
         present = set(os.listdir(self.path))  # first: files of another run come after its claim
-        claimed = _read_if_there(stamp)
+        claimed, claim = self._claimed(), self._claim()
         self._is_new = claimed is None
-        claim = f"{self._plan_sha256} {self._source_sha256}".encode()
         if claimed is not None and claimed[:64] == claim[:64] and claimed != claim:
             raise ForeignOutput(
                 "the source files are not those that the unfinished run read: they were modified or copied since",
@@ -115,9 +121,58 @@ class OutDir:
                 do="choose a new directory",
             )
         if claimed is None:
-            self.publish_bytes(os.path.join(WORK_NAME, "plan"), claim, journal=False)
-        self._journal_fd = self._open_work("journal")
-        self._read_journal(known)
+            self.publish_bytes(os.path.join(WORK_NAME, _PLAN), claim, journal=False)
+        elif probe.is_there(os.path.join(self._work, _REFUSED)):  # by a job whose last rank was killed
+            os.unlink(os.path.join(self._work, _REFUSED))
+        self._open_journal(known)
+
+    def share(self) -> None:
+        """Let other ranks join. raises Busy"""
+        self._is_shared = True
+        self._lock_with_others()
+
+    def join(self, known: set[str]) -> None:
+        """Take part in what rank 0 has opened for the same plan. raises Environment, Busy"""
+        if self._claimed() != self._claim():
+            raise Environment(
+                "this rank has read other source files than rank 0, or was given other options",
+                expected=f"plan {self._plan_sha256[:16]}, and the same sizes and modification times",
+                do="give all ranks the same command, and a file system that they share",
+            )
+        self._lock_fd = self._open_work("lock")
+        self._is_shared = True
+        self._lock_with_others()
+        self._open_journal(known)
+
+    def _claim(self) -> bytes:
+        return f"{self._plan_sha256} {self._source_sha256}".encode()
+
+    def _claimed(self) -> bytes | None:
+        return _read_if_there(os.path.join(self._work, _PLAN))
+
+    def _lock_with_others(self) -> None:
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(
+                "another process has just begun to write this output",
+                do="wait for it, or choose another directory",
+            ) from None
+
+    def _is_last(self) -> bool:
+        """Whether all other ranks are gone. Asking gives our own share of the lock away: the last to ask is told."""
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def _open_journal(self, known: set[str]) -> None:
+        self._known = known
+        self._journal_fd = self._open_work(self._journal)
+        self.read_journals()
+        os.ftruncate(self._journal_fd, self._good_bytes)
+        os.lseek(self._journal_fd, 0, os.SEEK_END)
         self.remove_dead_temporaries()
 
     def close(self) -> None:
@@ -135,14 +190,22 @@ class OutDir:
         """After an error: if nothing of this plan was finished, or by another run begun, leave no trace.
 
         refused   the input cannot become this output, so that nobody will continue: finished files go as well
+        Of several ranks the last one tidies up: until then others may still write.
         """
-        if refused:
-            for name in self.finished:
-                with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(self.path, name))
-            self.finished.clear()
-        if (self._is_new or refused) and not self.finished:
-            with contextlib.suppress(Environment, OSError):  # the first error is the one to tell
+        with contextlib.suppress(Environment, OSError):  # the first error is the one to tell
+            if self._is_shared:
+                if refused:
+                    os.close(self._open_work(_REFUSED))
+                if not self._is_last():
+                    return
+                refused = probe.is_there(os.path.join(self._work, _REFUSED))
+                self.read_journals()
+            if refused:
+                for name in self.finished:
+                    with contextlib.suppress(OSError):
+                        os.unlink(os.path.join(self.path, name))
+                self.finished.clear()
+            if (self._is_new or refused) and not self.finished:
                 self.clean()
                 if self.made_directory:
                     os.rmdir(self.path)
@@ -153,8 +216,9 @@ class OutDir:
         raises  Environment
         """
         with io_errors(WORK_NAME):
-            parts = [name for name in _names_in(self._work) if name.startswith(PART_PREFIX)]
-            for name in (*parts, *_OUR_WORK_FILES):
+            names = _names_in(self._work)
+            many = [name for name in names if name.startswith(PART_PREFIX) or _is_journal(name)]
+            for name in (*many, *_OUR_WORK_FILES):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(self._work, name))
         with contextlib.suppress(OSError):
@@ -263,9 +327,16 @@ class OutDir:
         key = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]  # any name, however long
         return os.path.join(self._work, f"{key}.{self._host}.{os.getpid()}.{secrets.token_hex(4)}.part")
 
-    def _read_journal(self, known: set[str]) -> None:
-        """A line counts if it is whole and its file is there with that size; a torn tail is cut off."""
-        data = _read_fd(self._journal_fd)
+    def read_journals(self) -> None:
+        """What this and earlier runs have finished, whichever rank did it. raises OSError"""
+        self.finished.clear()
+        for name in sorted(filter(_is_journal, _names_in(self._work))):
+            if name != self._journal:
+                self._read_journal(_read_other(os.path.join(self._work, name)))
+        self._good_bytes = self._read_journal(_read_fd(self._journal_fd))
+
+    def _read_journal(self, data: bytes) -> int:
+        """A line counts if it is whole and its file is there with that size. Returns the bytes before a torn tail."""
         good = 0
         for line in data.splitlines(keepends=True):
             crc, _, text = line.rstrip(b"\n").partition(b" ")
@@ -275,12 +346,11 @@ class OutDir:
             receipt = _receipt(text)
             if (
                 receipt
-                and receipt.name in known
+                and receipt.name in self._known
                 and _size_of(os.path.join(self.path, receipt.name)) == receipt.size
             ):
                 self.finished[receipt.name] = receipt
-        os.ftruncate(self._journal_fd, good)
-        os.lseek(self._journal_fd, 0, os.SEEK_END)
+        return good
 
     def remove_dead_temporaries(self) -> None:
         """Leftovers of a killed run on this host. Another host's, or a living process's, are left alone."""
@@ -317,6 +387,29 @@ def open_outdir(path: str, plan_sha256: str, known: set[str], source_sha256: str
         raise
     finally:
         out.close()
+
+
+@contextlib.contextmanager
+def join_outdir(
+    path: str, plan_sha256: str, known: set[str], source_sha256: str, rank: int
+) -> Iterator[OutDir]:
+    """As another rank of the job whose rank 0 has opened and shared the directory. raises Busy, Environment"""
+    out = OutDir(path, plan_sha256, source_sha256, rank)
+    try:
+        with io_errors(WORK_NAME):
+            out.join(known)
+        yield out
+    except BaseException as error:
+        out.abandon(refused=isinstance(error, Dsv4Error) and error.leaves_nothing)
+        raise
+    finally:
+        out.close()
+
+
+def is_claimed(path: str) -> bool:
+    """Whether a run has begun there, as far as this process can see. raises Environment"""
+    with io_errors(WORK_NAME):
+        return _read_if_there(os.path.join(path, WORK_NAME, _PLAN)) is not None
 
 
 def remove_leftovers(path: str) -> None:
@@ -415,6 +508,19 @@ def _read_if_there(path: str) -> bytes | None:
 
 def _read_fd(fd: int) -> bytes:
     return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
+def _is_journal(name: str) -> bool:
+    return name == _JOURNAL or name.startswith(f"{_JOURNAL}.")
+
+
+def _read_other(path: str) -> bytes:
+    """A journal that another process wrote. A link there is an error, and a fifo keeps nobody waiting."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return _read_fd(fd)
+    finally:
+        os.close(fd)
 
 
 def _size_of(path: str) -> int:

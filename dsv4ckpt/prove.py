@@ -7,25 +7,29 @@ Source: quantization facts 5.4 (FP8 tiles hold a gap of 14) and 5.6 (NVFP4 scale
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from . import formats, recast
 from .errors import NotLossless
 from .inputs import Inputs, and_more, exponent_of, lost_values, require_finite_scales, tile_scales
 from .plan import Plan
 from .source import Checkpoint, Reader
-from .steps import Op, Step
+from .steps import Op, PlannedFile, Step
 from .stop import StopFlag
 
 _ROWS = 4096
 _OTHER = "--to native or --to mxfp4-ct keep them, --to bf16 as well; or accept the loss with --allow-lossy"
 
 
-def require_lossless(plan: Plan, checkpoint: Checkpoint, stop: StopFlag) -> None:
-    """raises NotLossless naming tensor and tile, NotFinite for a NaN scale"""
+def require_lossless(
+    plan: Plan, checkpoint: Checkpoint, stop: StopFlag, files: Iterable[PlannedFile]
+) -> None:
+    """Of these files of the plan. raises NotLossless naming tensor and tile, NotFinite for a NaN scale"""
     if plan.options.allow_lossy:
         return
     with checkpoint.reader() as reader:
         inputs = Inputs(reader)
-        for file in plan.files:
+        for file in files:
             for tensor in file.tensors:
                 for step in tensor.steps:
                     stop.check()

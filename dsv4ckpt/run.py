@@ -1,7 +1,8 @@
 """Executes a Plan: read -> decode -> write, one worker per output shard.  The only module that sees all the others.
 
 Order comes from the plan, never from the disk, a dict or a thread: equal plans and sources give equal bytes for any
-number of workers.  Memory is bounded by workers x (slabs + one chunk), whatever the sizes of tensors and shards.
+number of workers and of ranks.  Memory is bounded by workers x (slabs + one chunk), whatever the sizes of tensors and
+shards.
 """
 
 from __future__ import annotations
@@ -10,22 +11,24 @@ import concurrent.futures
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from . import __version__, contained, formats, outdir, probe, prove, sidecar, strictjson
 from .desk import Desk, Rules
 from .errors import LEAVE_SOURCE_ALONE, Environment, ForeignOutput, SourceChanged, VanishingChange
-from .formats import INDEX_NAME, OUR_NAMES, SIDECAR_NAME, SUMS_NAME, Kind
+from .formats import INDEX_NAME, MANIFEST_NAME, OUR_NAMES, SIDECAR_NAME, SUMS_NAME, WORK_NAME, Kind
 from .inputs import Inputs
 from .manifest import read_manifest
 from .outdir import OutDir
 from .plan import Plan
+from .ranks import ALONE, Ranks, share
 from .release import RELEASES
 from .roundtrip import Knowledge, Loss, SidecarKnowledge, SourceKnowledge, loss_of_row
 from .sidecar import PartWriter
-from .sink import Receipt
+from .sink import Receipt, io_errors
 from .source import Checkpoint, Reader
 from .steps import PlannedFile
 from .stop import StopFlag
@@ -33,16 +36,18 @@ from .threads import one_torch_thread
 from .work import Worker
 
 _LEAST_KEPT = 0.5  # of a change: what keeps less is refused
+_MOST_LOOKS, _LOOK_SECONDS = 100, 1.0  # at what another rank wrote: longer than network file systems remember
 
 
 @dataclass(frozen=True)
 class Started:
-    """The work that lies ahead. `done_bytes` were finished by an earlier run."""
+    """The work that lies ahead of this rank. `done_bytes` were finished by an earlier run, and are counted in."""
 
     total_bytes: int
     done_bytes: int
     num_files: int
     num_done: int
+    shares: tuple[tuple[PlannedFile, ...], ...] = ()  # what every rank will write, in its order
 
 
 @dataclass(frozen=True)
@@ -85,49 +90,146 @@ def execute(
     accept_changes: bool = False,
     on_event: Callable[[Event], None] = lambda event: None,
     stop: StopFlag | None = None,
+    ranks: Ranks = ALONE,
 ) -> Summary:
     """Carry out a plan into a directory, or continue where an earlier run of the same plan stopped.
 
     accept_changes  the source's manifest may say other values than there are
     on_event        called from worker threads
+    ranks           of a job whose every rank calls this with the same plan and path; bytes are those of one
+    returns         on rank 0 the whole; on other ranks, what was done before and what they did themselves
     raises          NoSpace before the first byte if the output does not fit, NotLossless if scales alone tell that it
                     would lose values; Busy, ForeignOutput, SourceChanged, Interrupted: finished files stay, temporary
                     ones are removed; NotFinite, NotLossless, EditedOutput, BadSidecar from the tensors' bytes: nothing
-                    stays; VanishingChange: everything stays but index, config and manifest
+                    stays; VanishingChange: everything stays but index, config and manifest; Environment: also if
+                    another rank is gone
     """
     stop = stop or StopFlag()
     complete = _already_complete(plan, checkpoint, path)
-    if complete is not None:
-        on_event(Started(plan.shard_bytes, plan.shard_bytes, len(plan.files), len(plan.files)))
-        return complete
-    known = {file.name for file in plan.files} | set(plan.written) | {name for name, _, _ in plan.copied}
-    known |= {SUMS_NAME} | ({SIDECAR_NAME} if plan.remembered or plan.carries_sidecar else set())
     try:
         with one_torch_thread():  # parallelism is across shards
-            outdir.require_space(path, plan.total_bytes - _finished_bytes(path, plan))
-            prove.require_lossless(plan, checkpoint, stop)
-            with outdir.open_outdir(path, plan.sha256, known, _stamps(plan, checkpoint)) as out:
-                run = _Run(plan, checkpoint, out, _rules(plan, checkpoint, accept_changes), on_event, stop)
-                waiting = [item for item in enumerate(plan.files) if not _is_done(item, run)]
-                done = len(plan.files) - len(waiting)
-                done_bytes = plan.shard_bytes - sum(file.size for _, file in waiting)
-                outdir.require_space(path, plan.total_bytes - done_bytes)
-                on_event(Started(plan.shard_bytes, done_bytes, len(plan.files), done))
-                _run_jobs(waiting, run, num_workers)
-                losses = _losses(out)
-                _require_kept(plan, losses)
-                _write_sidecar(run)
-                _write_small(plan, checkpoint, out)
-                _write_sums(out)
-                summary = _summarize(plan, out, done, losses)
-                out.finish(strictjson.pretty(_manifest(plan, checkpoint, summary)))
+            if complete is None:
+                if ranks.rank == 0:
+                    outdir.require_space(path, plan.total_bytes - _finished_bytes(path, plan))
+                prove.require_lossless(plan, checkpoint, stop, share(plan.files, ranks.size)[ranks.rank])
+            ranks.meet(stop)  # what one rank refuses, none begins
+            with _opened(plan, checkpoint, path, ranks, stop, is_complete=complete is not None) as out:
+                if out is not None:
+                    rules = _rules(plan, checkpoint, accept_changes)
+                    run = _Run(plan, checkpoint, out, rules, on_event, stop)
+                    return _carry_out(run, ranks, num_workers)
     except (Environment, ForeignOutput):
         # another run of this plan may have ended just before ours began or, where locks lie, while it worked
         complete = _already_complete(plan, checkpoint, path)
         if complete is None:
             raise
         return complete
+    complete = complete or _already_complete(plan, checkpoint, path)
+    assert complete is not None
+    on_event(Started(plan.shard_bytes, plan.shard_bytes, len(plan.files), len(plan.files)))
+    return complete
+
+
+@contextlib.contextmanager
+def _opened(
+    plan: Plan, checkpoint: Checkpoint, path: str, ranks: Ranks, stop: StopFlag, *, is_complete: bool
+) -> Iterator[OutDir | None]:
+    """The output directory: rank 0 opens it, then the others join. None if rank 0 found it complete."""
+    known = {file.name for file in plan.files} | set(plan.written) | {name for name, _, _ in plan.copied}
+    known |= {SUMS_NAME} | ({SIDECAR_NAME} if plan.remembered or plan.carries_sidecar else set())
+    if ranks.rank == 0 and is_complete:
+        ranks.meet(stop)
+        yield None
+    elif ranks.rank == 0:
+        with outdir.open_outdir(path, plan.sha256, known, _stamps(plan, checkpoint)) as out:
+            if ranks.size > 1:
+                out.share()
+                ranks.meet(stop)
+            yield out
+    else:
+        ranks.meet(stop)
+        if not _seen(
+            lambda: outdir.is_claimed(path) or probe.is_there(os.path.join(path, MANIFEST_NAME)), stop
+        ):
+            raise Environment(
+                "this rank does not see the directory that rank 0 writes into",
+                do="name a directory on a file system that all ranks share",
+            )
+        if not outdir.is_claimed(path) and _already_complete(plan, checkpoint, path):
+            yield None
+            return
+        with outdir.join_outdir(path, plan.sha256, known, _stamps(plan, checkpoint), ranks.rank) as out:
+            yield out
+
+
+def _seen(look: Callable[[], bool], stop: StopFlag) -> bool:
+    """Whether it comes to be seen: a network file system may show for a minute what was there before."""
+    pause = threading.Event()
+    for _ in range(_MOST_LOOKS):
+        if look():
+            return True
+        stop.check()
+        pause.wait(_LOOK_SECONDS)
+    return look()
+
+
+def _carry_out(run: _Run, ranks: Ranks, num_workers: int) -> Summary:
+    """Every rank its share of the files; then rank 0 what is made of all of them."""
+    plan, out, stop = run.plan, run.out, run.stop
+    waiting = [item for item in enumerate(plan.files) if not _is_done(item, run)]
+    done = len(plan.files) - len(waiting)
+    done_bytes = plan.shard_bytes - sum(file.size for _, file in waiting)
+    if ranks.rank == 0:
+        outdir.require_space(run.out.path, plan.total_bytes - done_bytes)
+    ranks.meet(stop)  # nobody writes before all have seen the same files finished
+    shares = share([file for _, file in waiting], ranks.size)
+    names = {file.name for file in shares[ranks.rank]}
+    ours = [item for item in waiting if item[1].name in names]
+    our_bytes = sum(file.size for _, file in ours)
+    run.on_event(
+        Started(done_bytes + our_bytes, done_bytes, done + len(ours), done, tuple(map(tuple, shares)))
+    )
+    _run_jobs(ours, run, num_workers)
+    ranks.meet(stop)
+    if ranks.rank:
+        summary = Summary(tuple(receipt for _, receipt in sorted(out.finished.items())), 0, 0, done)
+    else:
+        summary = _completed(run, ranks, done)
+    ranks.meet(stop)
     return summary
+
+
+def _completed(run: _Run, ranks: Ranks, num_resumed: int) -> Summary:
+    """All shards are there: everything else, and the manifest."""
+    plan, out = run.plan, run.out
+    if ranks.size > 1:
+        _gather(run)
+    losses = _losses(out)
+    _require_kept(plan, losses)
+    _write_sidecar(run)
+    _write_small(plan, run.checkpoint, out)
+    _write_sums(out)
+    summary = _summarize(plan, out, num_resumed, losses)
+    out.finish(strictjson.pretty(_manifest(plan, run.checkpoint, summary)))
+    return summary
+
+
+def _gather(run: _Run) -> None:
+    """Read what the other ranks wrote down. raises Environment if it does not come to be seen"""
+    names = {file.name for file in run.plan.files}
+
+    def look() -> bool:
+        with io_errors(WORK_NAME):
+            run.out.read_journals()
+        return names <= run.out.finished.keys()
+
+    if not _seen(look, run.stop):
+        missing = sorted(names - run.out.finished.keys())
+        raise Environment(
+            "rank 0 does not see what another rank has written",
+            file=missing[0],
+            do="see that all ranks share one file system; the same command continues",
+        )
 
 
 def _stamps(plan: Plan, checkpoint: Checkpoint) -> str:

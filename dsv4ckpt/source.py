@@ -132,6 +132,11 @@ class Checkpoint:
         with opened(self.directory, name, self.follow_links) as fd:
             return shard.read_exactly(fd, os.fstat(fd).st_size, 0, name)
 
+    def header_bytes(self, name: str) -> bytes:
+        """The header of a shard as it stands, its length field included. raises SourceChanged, Environment"""
+        with opened(self.directory, name, self.follow_links) as fd:
+            return shard.read_exactly(fd, self.shards[name].header.data_start, 0, name)
+
     def small_files(self) -> list[SmallFile]:
         """Everything beside the shards, sorted by name, each with the reason if it is left behind."""
         found = list(_list_small(self.directory, "", self.follow_links))

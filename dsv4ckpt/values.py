@@ -85,6 +85,45 @@ class Values:
             codes_RP[row - first : row - first + count].copy_(codes)
             scales_rc[formats.block_rows_of(row - first, count, block)].copy_(scales)
 
+    def fill_codes(self, name: str, out: Tensor, first: int = 0) -> None:
+        """Some rows of a quantized matrix's codes, as they are stored.
+
+        out     contiguous uint8 [R', C], or [R', C/2] for pairs of E2M1; `first` may be any row
+        raises  NotFinite if one of them is NaN, under whatever scale; SourceChanged, Environment
+        """
+        step = self._step(name)
+        assert step.quant is not None
+        for row, count in chunks(out.shape[0], step.columns, step.quant.block.rows, first):
+            codes = self._inputs.codes(step, row, count)
+            if step.quant.codes_per_element == 1 and bool(_nan_codes(codes).any()):
+                self._judge(step, row, count)
+            out[row - first : row - first + count].copy_(codes)
+
+    def fill_scales(self, name: str, out: Tensor, first: int = 0) -> None:
+        """Some rows of a quantized matrix's scales, as they are stored. Codes are read only where a scale is suspect.
+
+        out     contiguous uint8 or float32 [r', c], one row for each row of blocks from `first` on
+        raises  NotFinite if a value that they stand for is NaN or infinite; SourceChanged, Environment
+        """
+        step = self._step(name)
+        assert step.quant is not None and not step.quant.per_tensor
+        height = step.quant.block.rows
+        for block, count in chunks(out.shape[0], out.shape[1], 1, first):
+            rows = min(count * height, step.rows - block * height)
+            scales = self._inputs.scales(step, block * height, rows)
+            suspects = (~_modest(scales, step.quant)).any(1).nonzero().view(-1).tolist()
+            out[block - first : block - first + count].copy_(scales)
+            for suspect in suspects:
+                row = (block + suspect) * height
+                self._judge(step, row, min(height, step.rows - row))
+
+    def _judge(self, step: Step, row: int, count: int) -> None:
+        """raises NotFinite if one of the values is"""
+        assert step.quant is not None
+        codes, scales = self._inputs.codes(step, row, count), self._inputs.scales(step, row, count)
+        decoded = decoded_rows(codes, scales, step.quant)
+        self._require_finite(step, row, decoded.values, decoded.num_not_finite)
+
     def _step(self, name: str) -> Step:
         (step,) = self._maker.steps_of(self._plain.stored[name], {name})
         return step
@@ -138,10 +177,18 @@ def _surely_finite(codes: Tensor, scales: Tensor, quant: Quant) -> bool:
     """Whether one look at codes and scales shows that all values are finite. False: decode them to know."""
     if not codes.numel():
         return True
-    if quant.codes_per_element == 2:
-        return int(scales.max()) <= _MOST_FP4_BYTE
-    if bool(((codes & 0x7F) == 0x7F).any()):
+    if quant.codes_per_element == 1 and bool(_nan_codes(codes).any()):
         return False
+    return bool(_modest(scales, quant).all())
+
+
+def _nan_codes(codes: Tensor) -> Tensor:
+    """Which codes of E4M3 are NaN."""
+    return (codes & 0x7F) == 0x7F
+
+
+def _modest(scales: Tensor, quant: Quant) -> Tensor:
+    """Which scales make of every code, NaN left aside, something that bfloat16 holds."""
     if scales.dtype == torch.float32:
-        return bool((scales.abs() <= _MOST_F32).all())
-    return int(scales.max()) <= _MOST_BYTE
+        return scales.abs() <= _MOST_F32
+    return scales <= (_MOST_FP4_BYTE if quant.codes_per_element == 2 else _MOST_BYTE)

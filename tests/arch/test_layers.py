@@ -42,6 +42,21 @@ MAY_IMPORT = {
     "tokenizer": {"strictjson"},
     "threads": set[str](),
     "stop": {"errors"},
+    "ranks": {"stop"},
+    "boxes": {"inventory"},
+    "process_group": {"errors", "ranks", "stop"},
+    "paper": {
+        "config",
+        "errors",
+        "formats",
+        "inventory",
+        "names",
+        "release",
+        "shard",
+        "source",
+        "strictjson",
+    },
+    "scaling": {"formats", "plan", "ranks", "steps"},
     "manifest": {"contained", "errors", "formats", "probe", "shard", "strictjson"},
     "sidecar": {"contained", "errors", "formats", "probe", "shard", "strictjson"},
     "original": {"config", "contained", "errors", "formats", "shard", "sidecar", "survey"},
@@ -70,10 +85,11 @@ MAY_NOT_IMPORT = {
     "verify": {"codec", "encode", "outdir", "plan", "recast", "roundtrip", "run", "sample", "steps"},
     "compare": {"codec", "encode", "outdir", "plan", "recast", "roundtrip", "run", "sample", "steps"},
     "sample": {"compare", "run", "source", "survey", "verify"},
+    "dcp": {"compare", "decode_plain", "sample", "verify"},
 }
 COMPUTE = {  # these may load torch, all others may not
-    "codec", "decode_plain", "desk", "encode", "inputs", "prove", "recast", "requantize", "roundtrip", "run", "sample",
-    "threads", "values", "work",
+    "codec", "dcp", "decode_plain", "desk", "encode", "inputs", "process_group", "prove", "recast", "requantize",
+    "roundtrip", "run", "sample", "threads", "values", "work",
 }  # fmt: skip
 
 

@@ -102,6 +102,7 @@ EVERYTHING = [*PRODUCT, *sorted((ROOT / "benchmarks").rglob("*.py")), *sorted((R
 NEEDED = {  # file: what it may use all the same
     "tests/ckpt/test_oids.py": {"exec"},  # the example that our own --help shows
     "tests/crash/signals_driver.py": {"os.execv"},  # our own command, in a forked child
+    "tests/dcp/gangs.py": {"pickle"},  # our own functions, to forked children and back
     "tests/model/test_model_mutants.py": {
         "compile",
         "exec",

@@ -24,7 +24,7 @@ FLAGS = {
     "convert": {
         "--to", "--names", "--layers", "--mtp", "--max-shard-size", "--workers", "--dry-run", "--allow-nan",
         "--unit-scale", "--follow-symlinks", "--source", "--sidecar", "--scale-policy", "--accept-changes",
-        "--allow-lossy", "--input-scales",
+        "--allow-lossy", "--input-scales", "--bandwidth", "--ranks",
     },
     "verify": {
         "--level", "--against-hub-oids", "--subset", "--tensor", "--unit-scale", "--workers", "--follow-symlinks",

@@ -1,0 +1,67 @@
+"""Ranks that meet through torch.distributed: the processes that torchrun starts.  Knows no files and no conversion.
+
+torchrun starts, watches and ends the ranks; when one fails it asks the others to stop.  All that is ours is a barrier
+that can be interrupted: gloo's own keeps Python's signal handlers waiting as long as it waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
+
+from .errors import Environment
+from .ranks import Ranks
+from .stop import StopFlag
+
+_PATIENCE = default_pg_timeout * 1440  # 30 days: a rank may be done long before another
+_LOOK_SECONDS = 0.01
+
+
+class GroupRanks(Ranks):
+    """The ranks of torch's default process group, or of `group`. After an interrupted meeting, only leave.
+
+    gloo threads wait for what was begun, so that a process which leaves in the ordinary way would wait too: os._exit.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        super().__init__(dist.get_rank(group), dist.get_world_size(group))
+        object.__setattr__(self, "_group", group)
+
+    def meet(self, stop: StopFlag) -> None:
+        """As Ranks says."""
+        stop.check()
+        pause = threading.Event()
+        try:
+            work = dist.barrier(self._group, async_op=True)  # type: ignore[attr-defined]
+            while not work.is_completed():
+                pause.wait(_LOOK_SECONDS)
+                stop.check()
+            work.wait()
+        except RuntimeError:  # what gloo raises for a closed connection
+            raise Environment(
+                "another rank is gone",
+                expected=f"{self.size} ranks",
+                do="see what that rank said; the same command continues: files that are finished stay",
+            ) from None
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[GroupRanks]:
+    """This process as a rank of the job that its environment tells of, as torchrun sets it.
+
+    raises  Environment. After an error the group stays as it is: the process has to be left by os._exit.
+    """
+    try:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise Environment(
+            "cannot join the ranks of this job",
+            found=str(error).partition("\n")[0][:200],
+            do="start all ranks with one torchrun; GLOO_SOCKET_IFNAME names the network interface to use",
+        ) from None
+    yield GroupRanks()
+    dist.destroy_process_group()
