@@ -2,7 +2,8 @@
 
     python benchmarks/dcp_load.py [--size 1GB] [--dir DIR]
 
-For 1, 2 and 4 gloo ranks that divide the first dimension: whole experts, and rows of everything else.  Ideal are the codes of a rank's own rows, the scales of the blocks that they touch, and its share of what is not quantized.
+For 1, 2 and 4 gloo ranks that divide the first dimension: whole experts, and rows of everything else.  Ideal are the
+codes of a rank's own rows, the scales of the blocks that they touch, and its share of what is not quantized.
 """
 
 from __future__ import annotations

@@ -212,8 +212,11 @@ def command(
         predicted = None
         if bandwidth or num_ranks:
             predicted = scaling.predict(made, num_ranks or 1, workers, bandwidth)
-        return _dry_run(made, dst, console, predicted, needs_space=not on_paper)
-    return _carry_out(made, checkpoint, src, dst, workers, accept_changes, console)
+        return show_plan(made, dst, console, predicted, needs_space=not on_paper)
+    following = f"dsv4 verify {src} {dst} --level values"
+    return carry_out(
+        made, checkpoint, dst, workers, console, accept_changes=accept_changes, following=following
+    )
 
 
 def _input_scales(path: str) -> dict[str, float]:
@@ -255,7 +258,7 @@ def _original(
     return original.of_sidecar(found) if found else None
 
 
-def _dry_run(
+def show_plan(
     made: Plan, dst: str, console: Console, predicted: scaling.Prediction | None, *, needs_space: bool
 ) -> int:
     """needs_space: DST is where the output will go, and not only a word."""
@@ -317,8 +320,9 @@ def _prediction_document(predicted: scaling.Prediction) -> dict[str, Any]:
 
 def _say_plan(made: Plan, console: Console, *, files: bool) -> None:
     options = made.options
+    what = "DCP file" if options.chunk_bytes else "shard"
     console.say(f"{made.release} ({made.storage}) -> {made.target}, {options.namespace} names", bold=True)
-    console.say(f"  output    {plural(len(made.files), 'shard')}, {plural(made.num_tensors, 'tensor')}, "
+    console.say(f"  output    {plural(len(made.files), what)}, {plural(made.num_tensors, 'tensor')}, "
                 f"{made.total_bytes:,} bytes ({human(made.total_bytes)})")  # fmt: skip
     console.say(f"  copied    {plural(made.num_unchanged, 'tensor')} byte for byte, the others recoded")
     if made.original:
@@ -349,20 +353,23 @@ def _say_plan(made: Plan, console: Console, *, files: bool) -> None:
         console.say(table(rows))
 
 
-def _carry_out(
+def carry_out(
     made: Plan,
     checkpoint: source.Checkpoint,
-    src: str,
     dst: str,
     workers: int,
-    accept_changes: bool,
     console: Console,
+    *,
+    following: str,
+    verb: str = "convert",
+    accept_changes: bool = False,
 ) -> int:
+    """Execute a plan, and say what came of it. following: what to do next"""
     from dsv4ckpt import run  # brings torch
 
     _say_plan(made, console, files=console.verbose)
     stop, size = StopFlag(), place_in_job().size
-    what = "convert" if size == 1 else f"convert, rank 0 of {size:,}"
+    what = verb if size == 1 else f"{verb}, rank 0 of {size:,}"
     with (
         ranks_of_this_job() as ranks,
         Progress(what, quiet=console.quiet) as progress,
@@ -414,7 +421,7 @@ def _carry_out(
     if side and made.remembered:
         share = side.size / sum(size for _, size, _ in made.source)
         console.say(f"{SIDECAR_NAME}: {human(side.size)}, {share:.3%} of the source; --to native needs it")
-    console.say(f"next: dsv4 verify {src} {dst} --level values")
+    console.say(f"next: {following}")
     return EXIT_OK
 
 

@@ -28,12 +28,16 @@ _VERBS = {
     "sample": "Write a small random checkpoint in a released layout.",
     "inspect": "Say what a checkpoint is, and what is wrong with it.",
     "convert": "Convert a checkpoint: streamed, resumable, bit for bit.",
+    "reshard": "Write a checkpoint as torch DCP loads it.",
     "verify": "Prove that a checkpoint is complete and right.",
     "dump": "Run the model once and write its intermediate tensors.",
     "parity": "Compare two dumps and find the first divergence.",
     "generate": "Let a model continue a text, to see that it speaks.",
 }
-_ON_MANY_RANKS = {"convert"}  # under torchrun; the others would do the same work once for each rank
+_ON_MANY_RANKS = {
+    "convert",
+    "reshard",
+}  # under torchrun; the others would do the same work once for each rank
 _OUR_BUG = 70
 _SECRETS = re.compile(  # a token of the Hub; what a request is signed with
     r"hf_[A-Za-z0-9]{8,}|(?P<kept>(?:authorization|x-amz-[a-z-]+)[^\w\n]{1,6}(?:(?:bearer|basic)\s+)?|bearer +)"

@@ -39,6 +39,7 @@ MAX_COUNT = 2**63 - 1
 
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
+DCP_METADATA_NAME = ".metadata"  # of a torch DCP directory: torch reads it first
 MANIFEST_NAME = "dsv4.manifest.json"
 SIDECAR_NAME = (
     "dsv4.roundtrip"  # a safetensors container; readers in the field glob *.safetensors, so no such ending

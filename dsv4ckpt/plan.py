@@ -17,10 +17,11 @@ from typing import Any, NamedTuple, Protocol
 
 from . import __version__, formats, strictjson
 from . import config as configs
+from .dcp_layout import dcp_files, dcp_metadata
 from .errors import NotConform, Usage
-from .formats import CONFIG_NAME, INDEX_NAME, Kind, Shape, Spelling, Storage, Target
+from .formats import CONFIG_NAME, DCP_METADATA_NAME, INDEX_NAME, Kind, Shape, Spelling, Storage, Target
 from .inventory import Layout, Logical, Stored, lay_out, shard_groups
-from .names import Namespace
+from .names import Experts, Namespace
 from .original import Original, remember
 from .release import shipped_config
 from .sidecar import Remembered
@@ -62,6 +63,9 @@ class ConvertOptions:
     scale_policy: ScalePolicy = ScalePolicy.KEEP  # of blocks whose values changed
     input_scales: Mapping[str, float] | None = None  # NVFP4: tensor name -> activation scale; None: all are 1
     allow_lossy: bool = False  # accept that values change
+    experts: Experts = Experts.FUSED  # of the transformers namespace
+    chunk_bytes: int | None = None  # set: a torch DCP directory, in chunks of at most so many bytes
+    as_stored: bool = False  # DCP: codes and scales stay as the source has them
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class Plan:
 
     @property
     def num_tensors(self) -> int:
-        return sum(len(file.tensors) for file in self.files)
+        return len({tensor.name for file in self.files for tensor in file.tensors})
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -133,7 +137,14 @@ class Plan:
     def describe_options(self) -> dict[str, Any]:
         """What changes bytes; --allow-lossy only permits."""
         options = self.options
-        return {
+        dcp = {
+            "dcp": {
+                "chunk_bytes": options.chunk_bytes,
+                "experts": options.experts.value,
+                "as_stored": options.as_stored,
+            }
+        }
+        return (dcp if options.chunk_bytes else {}) | {
             "to": options.target.value,
             "names": options.namespace.value,
             "layers": None if options.layers is None else list(options.layers),
@@ -157,6 +168,8 @@ def make_plan(survey: Survey, options: ConvertOptions, original: Original | None
     """
     identity = survey.identity
     storage = formats.storage_of(options.target, identity.release.storage)
+    if options.as_stored:
+        storage = identity.storage
     borrowed = _borrowed(survey, options, original)
     survey.require_conform(excused=borrowed)
     _require_possible(survey, options, storage)
@@ -164,7 +177,11 @@ def make_plan(survey: Survey, options: ConvertOptions, original: Original | None
     _require_known_names(survey, options)
     kept, dropped_logicals = _select(survey, layers, options)
     target = lay_out(
-        [renamed for _, renamed in kept], identity.release.family.table, storage, options.namespace
+        [renamed for _, renamed in kept],
+        identity.release.family.table,
+        storage,
+        options.namespace,
+        options.experts,
     )
     original = original if storage is identity.release.storage else None
     if original:
@@ -178,7 +195,12 @@ def make_plan(survey: Survey, options: ConvertOptions, original: Original | None
         allow_lossy=options.allow_lossy,
         released=original.survey if original and borrowed else None,
     )
-    files = _files(maker, original, options.max_shard_bytes)
+    if options.chunk_bytes:
+        files = dcp_files(
+            maker, shard_groups(target), survey.opaque, options.chunk_bytes, options.max_shard_bytes
+        )
+    else:
+        files = _files(maker, original, options.max_shard_bytes)
     _require_used_scales(options, target)
     dropped = _dropped(survey, dropped_logicals)
     document = configs.for_subset(survey.document, layers, keep_mtp=options.keep_mtp)
@@ -188,29 +210,37 @@ def make_plan(survey: Survey, options: ConvertOptions, original: Original | None
         SmallFile(f"{CONFIG_NAME}: {key}", 0, "names code to run")
         for key in configs.code_keys(survey.document)
     ]
+    identities = tuple(
+        (item.name, item.stamp.size, item.header.sha256) for item in survey.checkpoint.shards.values()
+    )
+    written = _written(survey, storage, document, files, original if released else None)
+    if options.chunk_bytes:
+        del written[INDEX_NAME]
+        written[DCP_METADATA_NAME] = dcp_metadata(files, identities)
     plan = Plan(
         options=options,
         release=identity.release.name,
         storage=identity.storage,
         target=storage,
-        source=tuple(
-            (item.name, item.stamp.size, item.header.sha256) for item in survey.checkpoint.shards.values()
-        ),
+        source=identities,
         files=files,
-        written=_written(survey, storage, document, files, original if released else None),
+        written=written,
         copied=tuple(_hashed(survey.checkpoint, item) for item in small if item.left is None),
         left=tuple(item for item in small if item.left is not None),
         dropped=tuple(dropped),
         opaque=tuple(survey.opaque),
         layout="as released" if released else f"shards of at most {options.max_shard_bytes:,} bytes",
-        remembered=_remembered(survey, storage, dropped),
+        remembered=None if options.chunk_bytes else _remembered(survey, storage, dropped),
         carries_sidecar=_sidecar_holds(survey, storage, files, dropped),
         original=original,
         borrowed=tuple(sorted(borrowed)),
-        num_unchanged=sum(
-            bool(tensor.steps) and all(step.op is Op.COPY for step in tensor.steps)
-            for file in files
-            for tensor in file.tensors
+        num_unchanged=len(
+            {
+                tensor.name
+                for file in files
+                for tensor in file.tensors
+                if tensor.steps and all(step.op is Op.COPY for step in tensor.steps)
+            }
         ),
     )
     _require_conservation(survey, plan)
@@ -499,13 +529,13 @@ def _require_conservation(survey: Survey, plan: Plan) -> None:
     """
     tensors = survey.checkpoint.tensors
     made = [tensor for file in plan.files for tensor in file.tensors]
-    if len({tensor.name for tensor in made}) != len(made):
+    if len({tensor.key for tensor in made}) != len(made):
         raise NotConform("two outputs would have one name", do="please report this")
     uses: _Uses = {name: [] for name in tensors}
     for file in plan.files:
         filled = _filled(file)
         for tensor in file.tensors:
-            if filled[tensor.name] != formats.stored_bytes(tensor.dtype, tensor.shape):
+            if filled[tensor.key] != formats.stored_bytes(tensor.dtype, tensor.shape):
                 raise NotConform(f"tensor {tensor.name!r} would not be filled", do="please report this")
             for step in tensor.steps:
                 _use(uses, step)
@@ -528,11 +558,11 @@ def _require_conservation(survey: Survey, plan: Plan) -> None:
 
 def _filled(file: PlannedFile) -> dict[str, int]:
     """Bytes that the steps of a file put into each of its tensors."""
-    filled = dict.fromkeys((tensor.name for tensor in file.tensors), 0)
+    filled = dict.fromkeys((tensor.key for tensor in file.tensors), 0)
     for tensor in file.tensors:
         for step in tensor.steps:
             if not (step.op is Op.ENCODE and step.is_scale):
-                filled[tensor.name] += step.out_bytes
+                filled[tensor.key] += step.out_bytes
             if step.scale_out is not None:
                 filled[step.scale_out] += step._replace(leaf="scale").out_bytes
     return filled
@@ -546,7 +576,7 @@ def _use(uses: _Uses, step: Step) -> None:
     if step.is_released:
         return
     uses[step.source].append((step.begin, step.rows, step.name))
-    if step.scale and step.quant:
+    if step.scale and step.quant and step.op is not Op.COPY:  # scales of copied codes have their own step
         rows = formats.ceil_div(step.rows, step.quant.block.rows)
         uses[step.scale].append((step.scale_begin, rows, step.name))
     for name in step.per_tensor:

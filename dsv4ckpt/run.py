@@ -16,10 +16,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from . import __version__, contained, formats, outdir, probe, prove, sidecar, strictjson
+from . import __version__, contained, formats, outdir, probe, prove, sidecar, strictjson, torchfile
 from .desk import Desk, Rules
 from .errors import LEAVE_SOURCE_ALONE, Environment, ForeignOutput, SourceChanged, VanishingChange
-from .formats import INDEX_NAME, MANIFEST_NAME, OUR_NAMES, SIDECAR_NAME, SUMS_NAME, WORK_NAME, Kind
+from .formats import (
+    DCP_METADATA_NAME,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    OUR_NAMES,
+    SIDECAR_NAME,
+    SUMS_NAME,
+    WORK_NAME,
+    Kind,
+)
 from .inputs import Inputs
 from .manifest import read_manifest
 from .outdir import OutDir
@@ -419,9 +428,15 @@ def _write_shard(file: PlannedFile, number: int, run: _Run) -> Receipt:
             worker = Worker(desk)
             for tensor in file.tensors:
                 if tensor.steps:
-                    sink.seek(file.begins[tensor.name])
+                    sink.seek(file.begins[tensor.key])
+                if tensor.frame is not None:
+                    sink.write(tensor.frame.prefix)
+                    sink.crc32 = 0
                 for step in tensor.steps:
                     worker.carry_out(step, tensor, file.begins)
+                if tensor.frame is not None and sink.crc32 is not None:
+                    crc32, sink.crc32 = sink.crc32, None
+                    sink.write(torchfile.suffix(tensor.frame, crc32))
             sink.notes = desk.notes.document()
             if part is not None:
                 sink.notes["part_sha256"] = part.finish()
@@ -445,7 +460,8 @@ def _write_small(plan: Plan, checkpoint: Checkpoint, out: OutDir) -> None:
                     do=LEAVE_SOURCE_ALONE,
                 )
             out.publish_bytes(name, data)
-    for name in sorted(plan.written, key=lambda name: name != INDEX_NAME):
+    # torch takes a directory for a checkpoint once its metadata is there
+    for name in sorted(plan.written, key=lambda name: (name == DCP_METADATA_NAME, name != INDEX_NAME)):
         if name not in out.finished:
             out.publish_bytes(name, plan.written[name])
 

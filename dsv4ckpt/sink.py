@@ -12,6 +12,7 @@ import errno
 import hashlib
 import mmap
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -85,6 +86,7 @@ class FileSink:
         self._written = 0  # bytes in all
         self._filled = 0
         self.notes: dict[str, Any] = {}
+        self.crc32: int | None = None  # set by who wants to know that of the bytes to come
         self.check: Callable[[], None] = lambda: None  # raises when the work is to stop
 
     def __enter__(self) -> FileSink:
@@ -116,6 +118,9 @@ class FileSink:
 
     def advance(self, count: int) -> None:
         """`count` bytes of `room` were filled."""
+        if self.crc32 is not None:
+            filled = memoryview(self._slabs[self._current])[self._filled : self._filled + count]
+            self.crc32 = zlib.crc32(filled, self.crc32)
         self._filled += count
 
     def write(self, data: memoryview | bytes) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from . import formats, shard
+from . import formats, shard, torchfile
 from .errors import Usage
 from .formats import Quant, Shape
 from .inventory import Layout, Logical, Stored
@@ -116,6 +116,20 @@ class PlannedTensor(NamedTuple):
     dtype: str
     shape: Shape
     steps: tuple[Step, ...]
+    frame: torchfile.Frame | None = None  # set: a chunk of a DCP file, with what torch.save puts around it
+    offsets: Shape = ()  # of a chunk, within the tensor
+    whole: Shape = ()  # the shape of that tensor
+
+    @property
+    def key(self) -> str:
+        """Tells it from every other one of an output."""
+        return self.name if self.frame is None else f"{self.name}{list(self.offsets)}"
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        around = 0 if self.frame is None else len(self.frame.prefix) + self.frame.suffix_bytes
+        return formats.stored_bytes(self.dtype, self.shape) + around
 
 
 @dataclass(frozen=True)
@@ -124,7 +138,7 @@ class PlannedFile:
 
     name: str
     tensors: tuple[PlannedTensor, ...]
-    released_header: bytes | None = None  # as the release had it; None: our canonical one
+    released_header: bytes | None = None  # as the release had it; empty in DCP files; None: our canonical one
 
     @functools.cached_property
     def header(self) -> bytes:
@@ -134,15 +148,15 @@ class PlannedFile:
 
     @functools.cached_property
     def size(self) -> int:
-        return len(self.header) + sum(formats.stored_bytes(t.dtype, t.shape) for t in self.tensors)
+        return len(self.header) + sum(tensor.size for tensor in self.tensors)
 
     @functools.cached_property
     def begins(self) -> dict[str, int]:
-        """Where each tensor's bytes begin in the file."""
+        """Where each tensor, by its key, begins in the file."""
         position, found = len(self.header), {}
         for tensor in self.tensors:
-            found[tensor.name] = position
-            position += formats.stored_bytes(tensor.dtype, tensor.shape)
+            found[tensor.key] = position
+            position += tensor.size
         return found
 
     @property
@@ -305,6 +319,14 @@ def op_of(before: Quant | None, after: Quant | None, leaf: str, *, lossy: bool) 
 
 def _of_encoding(leaf: str) -> Op:
     return Op.NVFP4_SCALE_2 if leaf == "scale_2" else Op.ENCODE
+
+
+def rows_of_step(step: Step, first: int, rows: int) -> Step:
+    """The part of a copying or decoding step that makes some of its rows. first: of a row of blocks"""
+    assert step.op in (Op.COPY, Op.DECODE) and first + rows <= step.rows
+    height = step.quant.block.rows if step.quant else 1
+    assert first % height == 0
+    return step._replace(begin=step.begin + first, rows=rows, scale_begin=step.scale_begin + first // height)
 
 
 def carried(checkpoint: Checkpoint, name: str) -> PlannedTensor:

@@ -60,7 +60,11 @@ MAY_IMPORT = {
     "manifest": {"contained", "errors", "formats", "probe", "shard", "strictjson"},
     "sidecar": {"contained", "errors", "formats", "probe", "shard", "strictjson"},
     "original": {"config", "contained", "errors", "formats", "shard", "sidecar", "survey"},
-    "steps": {"errors", "formats", "inventory", "shard", "source", "survey"},
+    "pickled": set[str](),
+    "torchfile": {"formats", "pickled"},
+    "dcp_metadata": {"formats", "pickled"},
+    "dcp_layout": {"dcp_metadata", "formats", "inventory", "steps", "torchfile"},
+    "steps": {"errors", "formats", "inventory", "shard", "source", "survey", "torchfile"},
     "oids": {"contained", "errors", "formats", "probe", "stop", "strictjson", "verify"},
     "values": {
         "codec",

@@ -102,6 +102,8 @@ EVERYTHING = [*PRODUCT, *sorted((ROOT / "benchmarks").rglob("*.py")), *sorted((R
 NEEDED = {  # file: what it may use all the same
     "tests/ckpt/test_oids.py": {"exec"},  # the example that our own --help shows
     "tests/crash/signals_driver.py": {"os.execv"},  # our own command, in a forked child
+    "tests/ckpt/test_torchfile.py": {"torch.load"},  # weights only, of our own bytes
+    "tests/dcp/test_reshard.py": {"pickle"},  # what we wrote ourselves, as torch reads it
     "tests/dcp/gangs.py": {"pickle"},  # our own functions, to forked children and back
     "tests/model/test_model_mutants.py": {
         "compile",

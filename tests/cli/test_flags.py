@@ -29,6 +29,10 @@ FLAGS = {
     "verify": {
         "--level", "--against-hub-oids", "--subset", "--tensor", "--unit-scale", "--workers", "--follow-symlinks",
     },
+    "reshard": {
+        "--to", "--names", "--experts", "--to-dtype", "--chunk-bytes", "--max-file-size", "--workers", "--dry-run",
+        "--allow-nan", "--follow-symlinks",
+    },
     "dump": {"--ids", "--text", "--out", "--impl", "--dtype", "--only", "--follow-symlinks"},
     "parity": {"--atol", "--rtol", "--max-ulp"},
     "generate": {

@@ -59,6 +59,15 @@ def load_by_rows(source: Path, converted: Path, dimension: int) -> list[str]:
     return differing(state, wanted)
 
 
+def load_directory(directory: Path, converted: Path, dimension: int) -> list[str]:
+    """The same from a DCP directory, by torch alone."""
+    wanted = values_of(converted)
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    state = shared(wanted, mesh, lambda _, tensor: [Shard(min(dimension, tensor.dim() - 1))])
+    dcp.load(state, checkpoint_id=directory)
+    return differing(state, wanted)
+
+
 def load_by_experts(source: Path, converted: Path) -> list[str]:
     """Experts over one axis of a 2 x 2 mesh, their rows over the other; all else over the second."""
     wanted = values_of(converted)

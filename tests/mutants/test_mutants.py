@@ -74,9 +74,8 @@ MUTANTS = (
     Mutant(
         "the manifest comes last",
         "dsv4ckpt/run.py",
-        "                _run_jobs(waiting, run, num_workers)\n",
-        "                out.publish_bytes(MANIFEST_NAME, b'{}', journal=False)\n"
-        "                _run_jobs(waiting, run, num_workers)\n",
+        "    _run_jobs(ours, run, num_workers)\n",
+        "    out.publish_bytes(MANIFEST_NAME, b'{}', journal=False)\n    _run_jobs(ours, run, num_workers)\n",
         f"{KILL} few_times",
     ),
     Mutant(
@@ -207,8 +206,8 @@ MUTANTS = (
     Mutant(
         "one process at a time",
         "dsv4ckpt/outdir.py",
-        "fcntl.LOCK_EX | fcntl.LOCK_NB",
-        "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        "fcntl.LOCK_EX | fcntl.LOCK_NB)\n            except OSError as error",
+        "fcntl.LOCK_SH | fcntl.LOCK_NB)\n            except OSError as error",
         f"{OUTDIR} second",
     ),
     Mutant(
@@ -250,7 +249,7 @@ MUTANTS = (
     Mutant(
         "the list has every file",
         "dsv4ckpt/run.py",
-        "                _write_sums(out)\n",
+        "    _write_sums(out)\n",
         "",
         f"{CONVERT} sha256sum",
     ),
