@@ -29,7 +29,7 @@ def dsv4(*arguments: str) -> list[str]:
 
 
 def shards(directory: Path) -> list[Path]:
-    return sorted(directory.glob("*.safetensors"))
+    return sorted([*directory.glob("*.safetensors"), *directory.glob("*.distcp")])
 
 
 def out_of_cache(directory: Path) -> None:

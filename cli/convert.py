@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -40,6 +43,42 @@ class Rate(Size):
         return super().convert(
             value.strip().removesuffix("/s") if isinstance(value, str) else value, param, ctx
         )
+
+
+def original_options(native: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What goes with the way back to the release. native: the option that asks for it"""
+    options = (
+        click.option(
+            "--source",
+            "released",
+            type=click.Path(),
+            metavar="DIR",
+            help=f"{native}: the release that SRC was made from. What is untouched is copied from it, what changed is "
+            "measured against it.",
+        ),
+        click.option(
+            "--sidecar",
+            type=click.Path(),
+            metavar="PATH",
+            help=f"{native}: the {SIDECAR_NAME} of the conversion, or its directory.  [default: the one in SRC]",
+        ),
+        click.option(
+            "--scale-policy",
+            type=click.Choice([item.value for item in ScalePolicy]),
+            default=ScalePolicy.KEEP.value,
+            show_default=True,
+            help="Scales of blocks that changed. keep: the release's while it fits; fresh: as DeepSeek's quantizer "
+            "chooses.",
+        ),
+        click.option(
+            "--allow-lossy", is_flag=True, help="Accept that values are rounded, or that a change vanishes."
+        ),
+    )
+
+    def decorated(command: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.reduce(lambda inner, option: option(inner), reversed(options), command)
+
+    return decorated
 
 
 @click.command("convert")
@@ -101,31 +140,8 @@ class Rate(Size):
 @click.option(
     "--unit-scale", multiple=True, metavar="NAME", help="This FP8 weight has no scales: take them as 1."
 )
-@click.option(
-    "--source",
-    "released",
-    type=click.Path(),
-    metavar="DIR",
-    help="--to native: the release that SRC was made from. What is untouched is copied from it, what changed is "
-    "measured against it.",
-)
-@click.option(
-    "--sidecar",
-    type=click.Path(),
-    metavar="PATH",
-    help=f"--to native: the {SIDECAR_NAME} of the conversion, or its directory.  [default: the one in SRC]",
-)
-@click.option(
-    "--scale-policy",
-    type=click.Choice([item.value for item in ScalePolicy]),
-    default=ScalePolicy.KEEP.value,
-    show_default=True,
-    help="Scales of blocks that changed. keep: the release's while it fits; fresh: as DeepSeek's quantizer chooses.",
-)
+@original_options("--to native")
 @click.option("--accept-changes", is_flag=True, help="SRC was edited after its conversion, on purpose.")
-@click.option(
-    "--allow-lossy", is_flag=True, help="Accept that values are rounded, or that a change vanishes."
-)
 @click.option(
     "--input-scales",
     type=click.Path(exists=True, dir_okay=False),
@@ -189,8 +205,7 @@ def command(
         input_scales=None if input_scales is None else _input_scales(input_scales),
         allow_lossy=allow_lossy,
     )
-    if (released or sidecar) and options.target is not Target.NATIVE:
-        raise Usage("--source and --sidecar go with --to native", do="leave them out")
+    require_native(options.target, "--to native", released, sidecar)
     if not dry_run and (bandwidth or num_ranks):
         raise Usage("--bandwidth and --ranks go with --dry-run", do="leave them out; torchrun starts ranks")
     on_paper = src.startswith(paper.PREFIX)
@@ -206,7 +221,7 @@ def command(
             checkpoint: source.Checkpoint = paper.on_paper(src.removeprefix(paper.PREFIX))
         else:
             checkpoint = source.open_checkpoint(src, follow_links=follow_links)
-        known = _original(src, released, sidecar, options, follow_links)
+        known = None if on_paper else original_of(src, released, sidecar, options, follow_links)
         made = plan.make_plan(survey.survey(checkpoint, unit_scales=options.unit_scales), options, known)
     if dry_run:
         predicted = None
@@ -217,6 +232,12 @@ def command(
     return carry_out(
         made, checkpoint, dst, workers, console, accept_changes=accept_changes, following=following
     )
+
+
+def require_native(target: Target, native: str, released: str | None, sidecar: str | None) -> None:
+    """raises Usage"""
+    if (released or sidecar) and target is not Target.NATIVE:
+        raise Usage(f"--source and --sidecar go with {native}", do="leave them out")
 
 
 def _input_scales(path: str) -> dict[str, float]:
@@ -241,11 +262,11 @@ def _input_scales(path: str) -> dict[str, float]:
     return {name: float(value) for name, value in scales.items()}
 
 
-def _original(
+def original_of(
     src: str, released: str | None, sidecar: str | None, options: ConvertOptions, follow_links: bool
 ) -> Original | None:
     """What is at hand of the release that SRC was made from."""
-    if options.target is not Target.NATIVE or src.startswith(paper.PREFIX):
+    if options.target is not Target.NATIVE:
         return None
     if released:
         checkpoint = source.open_checkpoint(released, follow_links=follow_links)
@@ -259,9 +280,15 @@ def _original(
 
 
 def show_plan(
-    made: Plan, dst: str, console: Console, predicted: scaling.Prediction | None, *, needs_space: bool
+    made: Plan,
+    dst: str,
+    console: Console,
+    predicted: scaling.Prediction | None = None,
+    *,
+    needs_space: bool = True,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> int:
-    """needs_space: DST is where the output will go, and not only a word."""
+    """needs_space: DST is where the output will go, and not only a word. more: for the JSON document"""
     needed, free = outdir.space_needed(made.total_bytes), outdir.free_bytes(dst)
     _say_plan(made, console, files=predicted is None)
     console.say(f"  space     {needed:,} bytes needed, {free:,} free")
@@ -271,7 +298,7 @@ def show_plan(
     for file in document["files"]:
         del file["steps"]
     left = [{"name": item.name, "reason": item.left} for item in made.left]
-    document |= {"left": left, "space": {"needed": needed, "free": free}}
+    document |= {"left": left, "space": {"needed": needed, "free": free}, **more}
     console.document(document | ({"prediction": _prediction_document(predicted)} if predicted else {}))
     if needs_space:
         outdir.require_space(dst, made.total_bytes)
@@ -363,8 +390,9 @@ def carry_out(
     following: str,
     verb: str = "convert",
     accept_changes: bool = False,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> int:
-    """Execute a plan, and say what came of it. following: what to do next"""
+    """Execute a plan, and say what came of it. following: what to do next. more: for the JSON document"""
     from dsv4ckpt import run  # brings torch
 
     _say_plan(made, console, files=console.verbose)
@@ -392,7 +420,7 @@ def carry_out(
             stop=stop,
             ranks=ranks,
         )
-    console.document(_document(made, summary, dst, progress))
+    console.document({**_document(made, summary, dst, progress), **more})
     if summary.was_complete:
         console.say(f"{dst} was complete already: nothing to do")
     else:

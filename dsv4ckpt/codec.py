@@ -66,6 +66,13 @@ def bf16_bits(values: Tensor) -> Rounded:
     return Rounded(pattern, ((rest != 0) | overflow) & values.isfinite())
 
 
+def to_bf16(values: Tensor) -> Tensor:
+    """Floating values as bfloat16, rounded once, to nearest even."""
+    if values.dtype == torch.float64:
+        return bf16_bits(values).bits.view(torch.bfloat16)
+    return values.to(torch.bfloat16)
+
+
 @functools.cache
 def _e8m0_values() -> Tensor:
     """float64 [256]: byte b is 2**(b - 127), 255 is NaN."""

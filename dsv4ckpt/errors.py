@@ -50,6 +50,10 @@ class BadHeader(Dsv4Error):
     """A safetensors file that breaks one of the format's rules."""
 
 
+class BadDcp(Dsv4Error):
+    """A directory of torch.distributed.checkpoint that is malformed, or holds what torch's own writer does not write."""
+
+
 class BadIndex(Dsv4Error):
     """model.safetensors.index.json is malformed or does not agree with the shards."""
 

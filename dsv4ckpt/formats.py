@@ -30,6 +30,7 @@ MAX_HEADER_BYTES = 100_000_000  # safetensors refuses more
 MAX_PLAIN_HEADER_BYTES = 16 * 1024 * 1024  # beyond it ASCII only: other text needs 4 times the memory
 MAX_TENSORS = 160_000  # of one file, __metadata__ counted; all shards of V4-Pro together hold 149,782
 MAX_INDEX_BYTES = 30 * 1024 * 1024  # that of V4-Pro has 14 MB
+MAX_DCP_METADATA_BYTES = 256 * 1024 * 1024  # of V4-Pro with optimizer state, 64 chunks each, TODO
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_SMALL_FILE_BYTES = 64 * 1024 * 1024
 MAX_METADATA_BYTES = 1024 * 1024

@@ -315,6 +315,11 @@ def is_opaque(name: str) -> bool:
     return name.partition(".")[0] in OPAQUE_HEADS
 
 
+def has_split_experts(names: Iterable[str]) -> bool:
+    """Whether a checkpoint of the transformers namespace has a tensor for each expert."""
+    return any(".experts.0." in name for name in names)
+
+
 def looks_like_transformers(names: Iterable[str]) -> bool:
     """Whether a checkpoint uses the transformers namespace."""
     return any(name.startswith(("model.", "lm_head.")) for name in names)

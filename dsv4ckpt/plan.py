@@ -137,16 +137,12 @@ class Plan:
     def describe_options(self) -> dict[str, Any]:
         """What changes bytes; --allow-lossy only permits."""
         options = self.options
-        dcp = {
-            "dcp": {
-                "chunk_bytes": options.chunk_bytes,
-                "experts": options.experts.value,
-                "as_stored": options.as_stored,
-            }
-        }
-        return (dcp if options.chunk_bytes else {}) | {
+        return {
             "to": options.target.value,
             "names": options.namespace.value,
+            "experts": options.experts.value,
+            "chunk_bytes": options.chunk_bytes,
+            "as_stored": options.as_stored,
             "layers": None if options.layers is None else list(options.layers),
             "mtp": "keep" if options.keep_mtp else "drop",
             "max_shard_bytes": options.max_shard_bytes,
@@ -368,6 +364,8 @@ def _remembered(survey: Survey, storage: Storage, dropped: list[Dropped]) -> Rem
     """What a sidecar is to say: a whole released checkpoint becomes something else."""
     identity = survey.identity
     if identity.storage is not identity.release.storage or storage is identity.storage or dropped:
+        return None
+    if not survey.checkpoint.is_safetensors:
         return None
     return remember(survey)
 

@@ -19,7 +19,7 @@ from .config import ModelConfig
 from .errors import UnknownRelease
 from .formats import FP4_EXPERT, QUANTS, Block, Kind, Quant, Shape, Spelling, Storage
 from .inventory import Family
-from .names import Namespace
+from .names import Experts, Namespace
 
 
 class Release(NamedTuple):
@@ -77,10 +77,14 @@ class Identity:
 
 
 def identify(
-    document: Mapping[str, Any], model: ModelConfig, seen: Mapping[str, Seen], namespace: Namespace
+    document: Mapping[str, Any],
+    model: ModelConfig,
+    seen: Mapping[str, Seen],
+    namespace: Namespace,
+    experts: Experts = Experts.FUSED,
 ) -> Identity:
-    """Tell release and storage format. raises UnknownRelease"""
-    storage = _storage(model, seen, namespace)
+    """Tell release and storage format. experts: of the transformers namespace. raises UnknownRelease"""
+    storage = _storage(model, seen, namespace, experts)
     return Identity(RELEASES[_name(document, model, seen, storage)], storage, namespace)
 
 
@@ -100,9 +104,9 @@ def _name(document: Mapping[str, Any], model: ModelConfig, seen: Mapping[str, Se
     return size
 
 
-def _storage(model: ModelConfig, seen: Mapping[str, Seen], namespace: Namespace) -> Storage:
+def _storage(model: ModelConfig, seen: Mapping[str, Seen], namespace: Namespace, experts: Experts) -> Storage:
     """Compare how experts and dense matrices are stored with every known way."""
-    found = {kind: _observed(model, seen, namespace, kind) for kind in (Kind.EXPERT, Kind.DENSE)}
+    found = {kind: _observed(model, seen, namespace, experts, kind) for kind in (Kind.EXPERT, Kind.DENSE)}
     for storage, quants in QUANTS.items():
         if all(found[kind] == _summary(quants.get(kind), namespace) for kind in found):
             return storage
@@ -143,7 +147,7 @@ def _words(summary: _Summary | None) -> str:
 
 
 def _observed(
-    model: ModelConfig, seen: Mapping[str, Seen], namespace: Namespace, kind: Kind
+    model: ModelConfig, seen: Mapping[str, Seen], namespace: Namespace, experts: Experts, kind: Kind
 ) -> _Summary | None:
     """How the tensors of a kind are stored: what most of them say, so that one bad tensor is no unknown release.
 
@@ -160,12 +164,13 @@ def _observed(
     votes: Counter[_Summary] = Counter()
     for layer in range(model.num_layers):
         for inner, (rows, cols) in shapes.items():
-            if namespace is Namespace.TRANSFORMERS and kind is Kind.EXPERT and inner != "w2":
+            is_fused = namespace is Namespace.TRANSFORMERS and experts is Experts.FUSED
+            if is_fused and kind is Kind.EXPERT and inner != "w2":
                 rows *= 2  # gate and up stand in one tensor
             best: _Summary | None = None
             for leaves, spelling in spellings.items():
                 weight_name, scale_name = _names(
-                    f"layers.{layer}.ffn.{owner}{inner}.weight", namespace, spelling
+                    f"layers.{layer}.ffn.{owner}{inner}.weight", namespace, experts, spelling
                 )
                 weight, scale = seen.get(weight_name), seen.get(scale_name)
                 if weight is None:
@@ -179,12 +184,12 @@ def _observed(
     return max(votes, key=lambda summary: votes[summary]) if votes else None
 
 
-def _names(logical: str, namespace: Namespace, spelling: Spelling) -> tuple[str, str]:
+def _names(logical: str, namespace: Namespace, experts: Experts, spelling: Spelling) -> tuple[str, str]:
     table = inventory.PREVIEW.table
     match = table.match(logical)
     assert match is not None
     scale = match._replace(leaf="scale")
-    return tuple(table.place(item, namespace, spelling=spelling).name for item in (match, scale))  # type: ignore[return-value]
+    return tuple(table.place(item, namespace, experts, spelling).name for item in (match, scale))  # type: ignore[return-value]
 
 
 def _block(rows: int, cols: int, scale_rows: int, scale_cols: int) -> Block | None:

@@ -114,6 +114,16 @@ class Checkpoint:
         return configs.parse(self.config_bytes)
 
     @property
+    def is_safetensors(self) -> bool:
+        """Whether its shards are safetensors files, as those of a release are."""
+        return True
+
+    @property
+    def shard_directory(self) -> str:
+        """Where the shards stand."""
+        return self.directory
+
+    @property
     def has_sidecar(self) -> bool:
         """Whether the conversion that made it left a round-trip sidecar in it."""
         return probe.is_there(os.path.join(self.directory, SIDECAR_NAME))
@@ -156,7 +166,7 @@ class Checkpoint:
         item = self.shards[name]
         begin, size = item.header.data_start, item.stamp.size - item.header.data_start
         digest = hashlib.sha256()
-        with opened(self.directory, name, self.follow_links) as fd:
+        with opened(self.shard_directory, name, self.follow_links) as fd:
             _require_same(item, os.fstat(fd))
             for number in range(_NUM_SAMPLES):
                 offset = max(0, size - _SAMPLE_BYTES) * number // (_NUM_SAMPLES - 1)
@@ -224,8 +234,12 @@ class Reader:
         """Fill `view` with bytes of tensor `name` from `offset` within it. raises SourceChanged, Environment"""
         place = self._checkpoint.tensors[name]
         assert offset + len(view) <= place.entry.end - place.entry.begin
-        with _errors_of(name, place.shard):
-            shard.read_into(self._fd(place.shard), view, place.entry.begin + offset, place.shard)
+        self._fill(name, place.shard, view, place.entry.begin + offset)
+
+    def _fill(self, name: str, file: str, view: memoryview, position: int) -> None:
+        """Read a file from `position` on, for tensor `name`."""
+        with _errors_of(name, file):
+            shard.read_into(self._fd(file), view, position, file)
 
     def shard_of(self, name: str) -> str:
         """The file that holds tensor `name`."""
@@ -257,7 +271,7 @@ class Reader:
 
     def _direct_fd(self, name: str) -> int | None:
         if name not in self._direct_fds:
-            fd = open_direct(self._checkpoint.directory, name, self._checkpoint.follow_links)
+            fd = open_direct(self._checkpoint.shard_directory, name, self._checkpoint.follow_links)
             self._direct_fds[name] = fd
             if fd is not None:
                 _require_same(self._checkpoint.shards[name], os.fstat(fd))
@@ -267,7 +281,7 @@ class Reader:
         fd = self._fds.get(name)
         if fd is None:
             with io_errors(name):
-                fd = open_regular(self._checkpoint.directory, name, self._checkpoint.follow_links)
+                fd = open_regular(self._checkpoint.shard_directory, name, self._checkpoint.follow_links)
             self._fds[name] = fd
             _require_same(self._checkpoint.shards[name], os.fstat(fd))
         return fd
@@ -302,10 +316,15 @@ def open_checkpoint(path: str, *, follow_links: bool = False) -> Checkpoint:
     raise MissingFile("there is no such file or directory", found=repr(path), do="check the spelling of SRC")
 
 
+def read_config(directory: str, follow_links: bool) -> bytes | None:
+    """config.json; None if it is missing. raises UnsafePath, BadConfig, Environment"""
+    return _read_optional(directory, CONFIG_NAME, formats.MAX_CONFIG_BYTES, follow_links)
+
+
 def _open_directory(path: str, follow_links: bool) -> Checkpoint:
     with io_errors(path):
         present = sorted(os.listdir(path))
-    config_bytes = _read_optional(path, CONFIG_NAME, formats.MAX_CONFIG_BYTES, follow_links)
+    config_bytes = read_config(path, follow_links)
     checkpoint = Checkpoint(path, follow_links, config_bytes)
     in_directory = [name for name in present if name.endswith(".safetensors")]
     index = _read_optional(path, INDEX_NAME, formats.MAX_INDEX_BYTES, follow_links)
@@ -389,7 +408,7 @@ def _parse_index(data: bytes) -> tuple[dict[str, str], int | None]:
 def _add_shard(checkpoint: Checkpoint, name: str) -> None:
     with opened(checkpoint.directory, name, checkpoint.follow_links) as fd:
         header = shard.read_header(fd, name)
-        checkpoint.shards[name] = Shard(name, header, _stamp(os.fstat(fd)))
+        checkpoint.shards[name] = Shard(name, header, stamp(os.fstat(fd)))
     for tensor, entry in header.entries.items():
         first = checkpoint.tensors.setdefault(tensor, Location(name, entry))
         if first.shard != name:
@@ -435,7 +454,7 @@ def _compare_with_index(checkpoint: Checkpoint, weight_map: dict[str, str], stra
         )
 
 
-def _stamp(status: os.stat_result) -> Stamp:
+def stamp(status: os.stat_result) -> Stamp:
     return Stamp(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
@@ -450,7 +469,7 @@ def _errors_of(tensor: str, file: str) -> Iterator[None]:
 
 
 def _require_same(planned: Shard, status: os.stat_result) -> None:
-    if _stamp(status) != planned.stamp:
+    if stamp(status) != planned.stamp:
         raise SourceChanged(
             "this file changed while the command ran",
             file=planned.name,

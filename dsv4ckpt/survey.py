@@ -15,7 +15,7 @@ from .config import ModelConfig
 from .errors import MissingScale, NotConform, OrphanScale, UnknownRelease
 from .formats import CONFIG_NAME, Kind, num_elements
 from .inventory import Layout, Logical, Stored, lay_out, logical_tensors
-from .names import Experts, Namespace, is_opaque, looks_like_transformers
+from .names import Experts, Namespace, has_split_experts, is_opaque, looks_like_transformers
 from .release import Identity, Seen
 from .source import Checkpoint
 
@@ -102,15 +102,17 @@ def survey(checkpoint: Checkpoint, *, unit_scales: frozenset[str] = frozenset())
     model = configs.read(document)
     seen = checkpoint.seen
     namespace = Namespace.TRANSFORMERS if looks_like_transformers(seen) else Namespace.DEEPSEEK
+    split = namespace is Namespace.TRANSFORMERS and has_split_experts(seen)
+    experts = Experts.SPLIT if split else Experts.FUSED
     try:
-        identity = release.identify(document, model, seen, namespace)
+        identity = release.identify(document, model, seen, namespace, experts)
     except UnknownRelease:
         checkpoint.require_sound()  # an index that misses shards is the likelier cause
         raise
     _require_most(model, len(seen), namespace)
     family = identity.release.family
     logicals = list(logical_tensors(model, family))
-    layout = lay_out(logicals, family.table, identity.storage, namespace, Experts.FUSED)
+    layout = lay_out(logicals, family.table, identity.storage, namespace, experts)
     unknown = [name for name in seen if name not in layout.stored]
     opaque = sorted(name for name in unknown if family.vision and is_opaque(name))
     excused = {layout.scales[name][0] for name in unit_scales if name in layout.scales}

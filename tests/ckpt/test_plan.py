@@ -24,7 +24,7 @@ import pytest
 from dsv4ckpt import config, inventory, plan, sample, source, survey
 from dsv4ckpt.errors import NotConform, Usage
 from dsv4ckpt.formats import Storage, Target
-from dsv4ckpt.names import Namespace
+from dsv4ckpt.names import Experts, Namespace
 from dsv4ckpt.plan import ConvertOptions, Plan, ScalePolicy, make_plan
 from dsv4ckpt.release import RELEASES, shipped_config
 from dsv4ckpt.shard import Entry
@@ -492,6 +492,9 @@ OTHER: dict[str, Any] = {
     "scale_policy": ScalePolicy.FRESH,
     "input_scales": {"layers.0.ffn.experts.0.w2.input_scale": 0.5},
     "allow_lossy": True,
+    "experts": Experts.SPLIT,
+    "chunk_bytes": 10**6,
+    "as_stored": True,
 }
 ONLY_PERMITS = {"allow_lossy"}  # changes no byte: what was refused is finished by the same plan
 

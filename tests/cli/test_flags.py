@@ -30,8 +30,9 @@ FLAGS = {
         "--level", "--against-hub-oids", "--subset", "--tensor", "--unit-scale", "--workers", "--follow-symlinks",
     },
     "reshard": {
-        "--to", "--names", "--experts", "--to-dtype", "--chunk-bytes", "--max-file-size", "--workers", "--dry-run",
-        "--allow-nan", "--follow-symlinks",
+        "--to", "--names", "--experts", "--storage", "--to-dtype", "--chunk-bytes", "--max-file-size", "--workers",
+        "--dry-run", "--allow-nan", "--prefix", "--like", "--source", "--sidecar", "--scale-policy", "--allow-lossy",
+        "--follow-symlinks",
     },
     "dump": {"--ids", "--text", "--out", "--impl", "--dtype", "--only", "--follow-symlinks"},
     "parity": {"--atol", "--rtol", "--max-ulp"},
