@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 
 import click
 
+from dsv4ckpt import probe, source
 from dsv4ckpt.errors import EXIT_SIGNAL
+from dsv4ckpt.formats import INDEX_NAME
 from dsv4ckpt.ranks import ALONE, Ranks
+from dsv4ckpt.source import Checkpoint
 from dsv4ckpt.stop import StopFlag
 
 from .words import Console
@@ -75,6 +78,15 @@ follow_links_option = click.option(
     is_flag=True,
     help="Follow links that lead outside the checkpoint. Links within a Hub cache are always followed.",
 )
+
+
+def open_any(path: str, *, follow_links: bool) -> Checkpoint:
+    """A checkpoint: safetensors files or a torch DCP directory. raises as their own functions"""
+    if not source.is_dcp(path) or probe.is_there(os.path.join(path, INDEX_NAME)):
+        return source.open_checkpoint(path, follow_links=follow_links)
+    from dsv4ckpt import dcp_source  # brings torch
+
+    return dcp_source.open_dcp(path, follow_links=follow_links)[0].checkpoint
 
 
 @contextmanager

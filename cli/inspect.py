@@ -11,7 +11,7 @@ from dsv4ckpt import names, probe, source, survey
 from dsv4ckpt.errors import EXIT_BAD_INPUT, EXIT_OK
 from dsv4ckpt.survey import Survey
 
-from .common import common_options, follow_links_option, without_collecting
+from .common import common_options, follow_links_option, open_any, without_collecting
 from .words import Console, human, plural, spans, table
 
 _SHOWN = 20  # deviations; --json lists all
@@ -37,7 +37,7 @@ def command(src: str, pattern: str | None, follow_links: bool, console: Console)
       dsv4 inspect DeepSeek-V4-Flash --json | jq .deviations
     """
     with without_collecting():
-        checkpoint = source.open_checkpoint(src, follow_links=follow_links)
+        checkpoint = open_any(src, follow_links=follow_links)
         if not probe.is_directory(src):
             _single_file(checkpoint, pattern or "*", console)
             return EXIT_OK

@@ -158,9 +158,11 @@ def command(
     more = {"not_of_the_model": list(left)}
     if dry_run:
         return convert.show_plan(made, dst, console, more=more)
-    following = f"dsv4 verify {dst} --level values"
+    following = f"dsv4 verify {dst}"
     if to == "dcp":
         following = f"torch.distributed.checkpoint.load(state_dict, checkpoint_id={dst!r})"
+    elif found.checkpoint.directory == src:
+        following = f"dsv4 verify {src} {dst} --level values"
     return convert.carry_out(
         made,
         found.checkpoint,
@@ -178,9 +180,9 @@ def _surveyed(
     src: str, to: str, config_at: str | None, prefix: str | None, allow_lossy: bool, follow_links: bool
 ) -> tuple[Survey, tuple[str, ...]]:
     """SRC, and what of it is not the model's."""
-    from dsv4ckpt import dcp_source  # brings torch
+    if source.is_dcp(src):
+        from dsv4ckpt import dcp_source  # brings torch
 
-    if dcp_source.is_dcp(src):
         return dcp_source.open_dcp(
             src, config_at=config_at, prefix=prefix, allow_lossy=allow_lossy, follow_links=follow_links
         )

@@ -9,12 +9,12 @@ from typing import Any
 
 import click
 
-from dsv4ckpt import compare, oids, probe, source, survey, verify
+from dsv4ckpt import compare, oids, probe, survey, verify
 from dsv4ckpt.errors import EXIT_DIFFERENT, EXIT_OK, Usage
 from dsv4ckpt.formats import MANIFEST_NAME
 from dsv4ckpt.stop import StopFlag
 
-from .common import common_options, follow_links_option, stopping_on_signals
+from .common import common_options, follow_links_option, open_any, stopping_on_signals
 from .progress import Progress
 from .words import Console, Subset, human, plural, table
 
@@ -126,7 +126,7 @@ def _one(
     follow_links: bool,
     console: Console,
 ) -> int:
-    checkpoint = source.open_checkpoint(path, follow_links=follow_links)
+    checkpoint = open_any(path, follow_links=follow_links)
     structure = verify.verify_structure(checkpoint, unit_scales=unit_scales)
     what = f"{structure.release}, {structure.storage}, {structure.namespace} names"
     size = f"{plural(structure.num_tensors, 'tensor')} in {plural(structure.num_shards, 'shard')}"
@@ -213,7 +213,7 @@ def _two(
     console: Console,
 ) -> int:
     surveys = [
-        survey.survey(source.open_checkpoint(path, follow_links=follow_links), unit_scales=unit_scales)
+        survey.survey(open_any(path, follow_links=follow_links), unit_scales=unit_scales)
         for path in (path_a, path_b)
     ]
     for letter, path, found in zip("AB", (path_a, path_b), surveys, strict=True):

@@ -47,7 +47,8 @@ def dcp_metadata(files: tuple[PlannedFile, ...], source: tuple[tuple[str, int, s
         for tensor in file.tensors:
             _, chunks, places = found.setdefault(tensor.name, (tensor, [], []))
             chunks.append(Chunk(tensor.offsets, tensor.shape))
-            places.append(Place(file.name, position, tensor.size))
+            assert tensor.frame is not None
+            places.append(Place(file.name, position, tensor.frame.size))
             position += tensor.size
     tensors = {
         name: DcpTensor(tensor.dtype, tensor.whole, tuple(chunks), tuple(places))

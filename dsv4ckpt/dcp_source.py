@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import formats, names, probe, shard, source, torchfile
+from . import formats, names, shard, source, torchfile
 from .codec import to_bf16
 from .contained import io_errors, opened
 from .dcp_metadata import Chunk, DcpContents, DcpTensor, Place, parse_metadata
@@ -78,11 +78,6 @@ class DcpCheckpoint(Checkpoint):
             reader.close()
 
 
-def is_dcp(path: str) -> bool:
-    """Whether torch would take a directory for a DCP checkpoint."""
-    return probe.is_there(os.path.join(path, DCP_METADATA_NAME))
-
-
 def open_dcp(
     path: str,
     *,
@@ -106,7 +101,7 @@ def open_dcp(
         raise MissingFile(
             "there is no config.json to tell what these tensors are",
             expected=CONFIG_NAME,
-            do="name the release that the model came from: --source DIR; or any checkpoint like it: --like DIR",
+            do="copy the release's config.json into it; dsv4 reshard also takes --like DIR or --source DIR",
         )
     contents, sha256 = _read_metadata(path, follow_links)
     prefix, chosen, left = _choose(contents, prefix)
@@ -139,7 +134,7 @@ def open_dcp(
 
 
 def _read_metadata(path: str, follow_links: bool) -> tuple[DcpContents, str]:
-    if not is_dcp(path):
+    if not source.is_dcp(path):
         raise MissingFile(
             "this is no torch DCP directory",
             expected=DCP_METADATA_NAME,

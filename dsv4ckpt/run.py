@@ -436,7 +436,7 @@ def _write_shard(file: PlannedFile, number: int, run: _Run) -> Receipt:
                     worker.carry_out(step, tensor, file.begins)
                 if tensor.frame is not None and sink.crc32 is not None:
                     crc32, sink.crc32 = sink.crc32, None
-                    sink.write(torchfile.suffix(tensor.frame, crc32))
+                    sink.write(torchfile.suffix(tensor.frame, crc32) + bytes(tensor.size - tensor.frame.size))
             sink.notes = desk.notes.document()
             if part is not None:
                 sink.notes["part_sha256"] = part.finish()

@@ -30,7 +30,7 @@ from .errors import (
     UnsafePath,
     printable,
 )
-from .formats import CONFIG_NAME, INDEX_NAME, OUR_NAMES, SIDECAR_NAME
+from .formats import CONFIG_NAME, DCP_METADATA_NAME, INDEX_NAME, OUR_NAMES, SIDECAR_NAME
 from .release import Seen
 from .shard import Entry, Header
 
@@ -285,6 +285,11 @@ class Reader:
             self._fds[name] = fd
             _require_same(self._checkpoint.shards[name], os.fstat(fd))
         return fd
+
+
+def is_dcp(path: str) -> bool:
+    """Whether torch would take a directory for a DCP checkpoint."""
+    return probe.is_there(os.path.join(path, DCP_METADATA_NAME))
 
 
 def open_checkpoint(path: str, *, follow_links: bool = False) -> Checkpoint:

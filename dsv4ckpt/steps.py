@@ -127,9 +127,10 @@ class PlannedTensor(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes in the file."""
-        around = 0 if self.frame is None else len(self.frame.prefix) + self.frame.suffix_bytes
-        return formats.stored_bytes(self.dtype, self.shape) + around
+        """Bytes in the file. A chunk is filled up, so that the values of the next one are aligned in memory too."""
+        if self.frame is None:
+            return formats.stored_bytes(self.dtype, self.shape)
+        return formats.ceil_div(self.frame.size, torchfile.ALIGNMENT) * torchfile.ALIGNMENT
 
 
 @dataclass(frozen=True)

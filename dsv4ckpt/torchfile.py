@@ -66,7 +66,7 @@ _STORAGE_WORDS = {known: word for word, known in _STORAGES.items()}
 
 # ---- the container
 
-_ALIGNMENT = 64  # every record's bytes begin at a multiple of it
+ALIGNMENT = 64  # every record's bytes begin at a multiple of it
 _FLAG_UTF8, _FLAG_DESCRIPTOR = 0x0800, 0x0008  # of names; CRC and sizes follow the bytes
 _MOST_32 = 2**32 - 1  # and beyond, a field of 32 bits refers to one of 64 elsewhere
 # signature, version, flags, method, time, date, CRC, sizes, lengths of name and of extra
@@ -106,6 +106,11 @@ class Frame(NamedTuple):
     suffix_bytes: int
     before: tuple[_Record, ...]  # the records in the prefix
     values: _Record  # its CRC-32 is still to come
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole."""
+        return len(self.prefix) + self.values_bytes + self.suffix_bytes
 
 
 def is_count(value: object) -> TypeGuard[int]:
@@ -171,7 +176,7 @@ def _local(record: _Record, num_padding: int | None = None) -> bytes:
     """The header before a record's bytes. Its last field is padding, up to the alignment if it is not told."""
     name, wide = record.name.encode(), _wide(record)
     position = record.offset + _LOCAL.size + len(name) + len(wide) + _PADDING.size
-    num_padding = -position % _ALIGNMENT if num_padding is None else num_padding
+    num_padding = -position % ALIGNMENT if num_padding is None else num_padding
     padding = _PADDING.pack(b"FB", num_padding) + b"Z" * num_padding
     fields = (_LOCAL_SIGNATURE, 0, _flags(record), 0, 0, 0, 0, 0, 0, len(name), len(wide) + len(padding))
     return _LOCAL.pack(*fields) + name + wide + padding
@@ -200,7 +205,21 @@ def _central(record: _Record) -> bytes:
     name, wide = record.name.encode(), _wide(record)
     size, offset = min(record.size, _MOST_32), min(record.offset, _MOST_32)
     lengths = (len(name), len(wide), 0, 0, 0)
-    fields = (_CENTRAL_SIGNATURE, 0, 0, _flags(record), 0, 0, 0, record.crc32, size, size, *lengths, 0, offset)
+    fields = (
+        _CENTRAL_SIGNATURE,
+        0,
+        0,
+        _flags(record),
+        0,
+        0,
+        0,
+        record.crc32,
+        size,
+        size,
+        *lengths,
+        0,
+        offset,
+    )
     return _CENTRAL.pack(*fields) + name + wide
 
 
@@ -222,26 +241,16 @@ def _serialization_id(records: list[_Record]) -> bytes:
 
 # ---- the way in
 
-_MOST_HEAD_BYTES = 2**16  # before the values' record; torch needs less than 1,000
-_MOST_HEADER_BYTES = 2**13  # of the values' record: padding up to the alignment, which can be chosen
-_MOST_TAIL_BYTES = 2**12  # behind the values; torch needs less than 3,000
+_MOST_HEAD_BYTES = 2**16  # up to the values; torch needs 1,000, with pages as alignment 29,000
+_MOST_HEADER_BYTES = 2**13  # of the values' record: padding up to the alignment
+_MOST_TAIL_BYTES = 2**14  # behind the values; torch needs 1,000, with pages as alignment 10,000
 _ENDS_BYTES = _END_64.size + _LOCATOR_64.size + _END.size
-_CONTENTS = {
-    ".format_version": b"1",
-    _BYTEORDER: b"little",
-    "version": _VERSION,
-}  # of these records, if they are there
+_CONTENTS = {".format_version": b"1", _BYTEORDER: b"little", "version": _VERSION}  # older torch has not all
 _NEEDED = {_PICKLE, _VALUES, "version"}
 _NAMES = {*_NEEDED, *_BEFORE, ".data/serialization_id"}
 _KNOWN = (
-    _REBUILD_V2,
-    _REBUILD_V3,
-    _REBUILD_PARAMETER,
-    _ORDERED_DICT,
-    _UNTYPED,
-    *DTYPE_WORDS,
-    *_STORAGE_WORDS,
-)
+    _REBUILD_V2, _REBUILD_V3, _REBUILD_PARAMETER, _ORDERED_DICT, _UNTYPED, *DTYPE_WORDS, *_STORAGE_WORDS,
+)  # fmt: skip
 
 
 class Saved(NamedTuple):
@@ -255,7 +264,7 @@ class Saved(NamedTuple):
 def read_saved(read: Callable[[int, int], bytes], size: int) -> Saved:
     """What torch.save wrote into these `size` bytes: one contiguous tensor or Parameter, of whatever device.
 
-    read     (offset, count) -> that many bytes of the record; called twice, for 76 KiB at most
+    read     (offset, count) -> that many bytes of the record; called twice, for 80 KiB at most
     returns  dtype in the words of safetensors
     raises   pickled.Malformed: anything but torch.save's own bytes, the values apart
     """
@@ -369,50 +378,44 @@ def _content(record: _Record, begin: int, piece: _Piece) -> bytes:
 def _told(data: bytes) -> tuple[str, Shape]:
     """dtype and shape that data.pkl tells, of a contiguous tensor that has its storage for itself."""
     value = pickled.loads(data, _KNOWN, with_persistent=True)
-    parameter = call_args(value, _REBUILD_PARAMETER)
-    if parameter and len(parameter) == 3:
+    if parameter := call_args(value, _REBUILD_PARAMETER, 3):
         value, *rest = parameter
         _require_plain(*rest)
-    args = call_args(value, _REBUILD_V2) or call_args(value, _REBUILD_V3) or ()
-    if len(args) != (7 if call_args(value, _REBUILD_V3) else 6):
-        raise Malformed("it holds something else than a plain tensor")
+    args = call_args(value, _REBUILD_V2, 6) or call_args(value, _REBUILD_V3, 7)
+    if args is None:
+        raise Malformed("it holds something else than one plain tensor")
     storage, offset, shape, strides, requires_grad, hooks, *named = args
     _require_plain(requires_grad, hooks)
-    dtype, count = _dtype(storage, named)
-    if not is_shape(shape) or not is_shape(strides) or len(shape) != len(strides):
-        raise Malformed("its shape or its strides are no numbers")
+    dtype, count = _storage(storage, *named)
+    if not is_count(offset) or not is_shape(shape) or not is_shape(strides) or len(shape) != len(strides):
+        raise Malformed("its shape, strides or offset are none")
     num_elements = formats.num_elements(shape)
-    if (
-        type(offset) is not int
-        or offset
-        or count != (formats.stored_bytes(dtype, shape) if named else num_elements)
-    ):
-        raise Malformed("it is a part of a larger storage, or of a smaller one")
-    wanted = _strides(shape)
-    if num_elements and any(
-        length > 1 and told != step for length, told, step in zip(shape, strides, wanted, strict=True)
-    ):
+    if offset or count != (formats.stored_bytes(dtype, shape) if named else num_elements):
+        raise Malformed("it does not have its storage for itself")
+    steps = zip(shape, strides, _strides(shape), strict=True)
+    if num_elements and any(length > 1 and told != step for length, told, step in steps):
         raise Malformed(
-            f"its values stand in another order: its strides are {list(strides)}, not {list(wanted)}"
+            f"its values stand in another order, with strides {list(strides)}: save it contiguous"
         )
     return dtype, shape
 
 
 def _require_plain(requires_grad: object, hooks: object) -> None:
-    if type(requires_grad) is not bool or call_args(hooks, _ORDERED_DICT) != ():
-        raise Malformed("its tensor is not plain")
+    if type(requires_grad) is not bool or call_args(hooks, _ORDERED_DICT, 0) is None:
+        raise Malformed("it holds a tensor with hooks or the like")
 
 
-def _dtype(storage: object, named: list[object]) -> tuple[str, object]:
-    """In the words of safetensors; and the size of the storage: in bytes if the dtype is named, else in elements."""
-    told = storage.id if type(storage) is Persistent else None
+def _storage(value: object, named: object = None) -> tuple[str, int]:
+    """dtype, in the words of safetensors, and size: in elements, or in bytes where the dtype is named apart."""
+    told = value.id if type(value) is Persistent else None
     if type(told) is not tuple or len(told) != 5:
-        raise Malformed("its storage is malformed")
+        raise Malformed("it has no storage")
     word, kind, key, location, count = told
-    (dtype,) = named or [kind]
-    found = (DTYPE_WORDS if named else _STORAGE_WORDS).get(dtype) if type(dtype) is Global else None
-    if found is None or (named and kind is not _UNTYPED):
-        raise Malformed("its dtype is unknown, or told in two ways")
-    if word != "storage" or key != "0" or type(location) is not str or type(count) is not int:
+    if word != "storage" or key != "0" or type(location) is not str or not is_count(count):
         raise Malformed("its storage is malformed")
-    return found, count
+    by_name, of = (
+        (DTYPE_WORDS, named) if kind is _UNTYPED else (_STORAGE_WORDS, kind if named is None else None)
+    )
+    if type(of) is not Global or of not in by_name:
+        raise Malformed("its dtype is unknown, or told in two ways")
+    return by_name[of], count

@@ -124,7 +124,7 @@ def test_equal_sources_give_equal_bytes_in_any_chunks_equal_values(flash: Path, 
 
 
 def test_experts_stand_one_after_the_other_and_chunks_are_small(flash: Path, tmp_path: Path) -> None:
-    """A rank's experts are one run of bytes: chunks in the order of their offsets, without gaps."""
+    """A rank's experts are one run of bytes: chunks in the order of their offsets, without gaps but for alignment."""
     reshard(flash, tmp_path / "dcp", namespace=Namespace.TRANSFORMERS)
     metadata = metadata_of(tmp_path / "dcp")
     num_divided = 0
@@ -135,10 +135,9 @@ def test_experts_stand_one_after_the_other_and_chunks_are_small(flash: Path, tmp
         num_divided += len(offsets) > 1
         places = [info for index, info in metadata.storage_data.items() if index.fqn == name]
         for before, after in itertools.pairwise(places):
-            assert (before.relative_path, before.offset + before.length) == (
-                after.relative_path,
-                after.offset,
-            )
+            assert before.relative_path == after.relative_path
+            assert 0 <= after.offset - (before.offset + before.length) < 64
+            assert after.offset % 64 == 0
     assert num_divided > 10
     for item in metadata.state_dict_metadata.values():
         assert isinstance(item, TensorStorageMetadata)
@@ -153,6 +152,36 @@ def test_metadata_names_no_place_of_this_machine(flash: Path, tmp_path: Path) ->
     meta = metadata_of(tmp_path / "dcp").storage_meta
     assert meta is not None
     assert meta.checkpoint_id == "."
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_plain_load_into_a_transformers_model_gives_the_tensors_of_the_release(
+    flash: Path, tmp_path: Path
+) -> None:
+    """transformers reads the BF16 conversion; torch reads the DCP directory into a model of the same config."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tiny.convert(flash, tmp_path / "bf16", target=Target.BF16, namespace=Namespace.TRANSFORMERS)
+    reshard(flash, tmp_path / "dcp", namespace=Namespace.TRANSFORMERS)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", dtype=torch.bfloat16)
+    config = AutoConfig.from_pretrained(tmp_path / "dcp")
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    wanted = theirs.state_dict()
+    stored = metadata_of(tmp_path / "dcp").state_dict_metadata
+    # what the release has in F32 is read in F32; transformers rounds it when it loads
+    state = {
+        name: tensor.to(stored[name].properties.dtype)  # type: ignore[union-attr]
+        for name, tensor in model.state_dict().items()
+    }
+    assert len(state) > 80
+    assert not all(torch.equal(state[name].to(tensor.dtype), tensor) for name, tensor in wanted.items())
+    dcp.load(state, checkpoint_id=tmp_path / "dcp")
+    assert state.keys() == wanted.keys()
+    differing = [
+        name for name, tensor in wanted.items() if not torch.equal(state[name].to(tensor.dtype), tensor)
+    ]
+    assert differing == []
 
 
 # ---- the command
@@ -173,6 +202,29 @@ def test_command_writes_a_directory_with_config_and_sums(flash: Path, tmp_path: 
     again = dsv4(str(flash), str(tmp_path / "dcp"), "--to", "dcp")
     assert again.exit_code == 0
     assert "nothing to do" in again.output
+
+
+def dsv4_verb(*arguments: str | Path) -> str:
+    """What another verb says, having found nothing wrong."""
+    result = CliRunner().invoke(main.dsv4, [*map(str, arguments)], standalone_mode=False)
+    assert result.return_value == 0, (result.output, result.exception)
+    return result.output
+
+
+@pytest.mark.slow
+def test_directory_is_inspected_and_verified_like_any_checkpoint(flash: Path, tmp_path: Path) -> None:
+    made = tmp_path / "dcp"
+    assert dsv4(str(flash), str(made), "--to", "dcp").exit_code == 0
+    assert "conform" in dsv4_verb("inspect", made)
+    assert "have the SHA-256" in dsv4_verb("verify", made)
+    assert "same values" in dsv4_verb("verify", flash, made, "--level", "values")
+    file = made / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    found = CliRunner().invoke(main.dsv4, ["verify", str(made)], standalone_mode=False)
+    assert found.return_value == 1
+    assert "__0_0.distcp" in found.output
 
 
 def test_dry_run_writes_nothing(flash: Path, tmp_path: Path) -> None:
