@@ -440,9 +440,9 @@ class Job:
             start_new_session=True,
         )
 
-    def wait_for_files(self, out: Path, count: int) -> None:
+    def wait_for_files(self, out: Path, count: int, pattern: str = "*.safetensors") -> None:
         deadline = time.monotonic() + 100
-        while len([*out.glob("*.safetensors")]) < count:
+        while len([*out.glob(pattern)]) < count:
             assert self.process.poll() is None, self.end()
             assert time.monotonic() < deadline, "nothing was written"
             time.sleep(0.02)
@@ -495,6 +495,25 @@ def test_torchrun_rank_killed_ends_the_job_with_a_message_and_the_next_run_resum
     done = convert(case, out)
     assert done.num_resumed >= kept - 1 > 4
     assert tiny.tree_of(out) == expected
+
+
+@pytest.mark.slow
+def test_torchrun_rank_killed_in_reshard_torch_sees_no_checkpoint_and_one_process_continues(
+    flash: Path, tmp_path: Path
+) -> None:
+    out, options = tmp_path / "out", ["--to", "dcp", "--max-file-size", SHARD_BYTES, "--chunk-bytes", "65536"]
+    job = Job(2, 0.1, "reshard", flash, out, *options)
+    job.wait_for_files(out, 4, "*.distcp")
+    os.kill(job.ranks()[1], signal.SIGKILL)
+    code, said = job.end()
+    assert code
+    assert "the same command continues" in said
+    assert not [*out.rglob(MANIFEST_NAME), *out.rglob(".metadata")]
+    assert len([*out.glob("*.distcp")]) >= 4
+    for path in (out, tmp_path / "whole"):
+        done = alone("reshard", str(flash), str(path), *map(str, options))
+        assert done.returncode == 0, done.stderr
+    assert tiny.tree_of(out) == tiny.tree_of(tmp_path / "whole")
 
 
 @pytest.mark.slow
