@@ -197,11 +197,7 @@ def _candidates(pieces: Mapping[str, _Pieces]) -> list[Storage]:
     """What the tensors may be: with codes among them, whatever has codes."""
     if not any(item.stored.dtype == "U8" for item in pieces.values()):
         return [Storage.BF16]
-    return [
-        storage
-        for storage, quants in QUANTS.items()
-        if quants and not any(quant.per_tensor for quant in quants.values())
-    ]
+    return [storage for storage, quants in QUANTS.items() if quants]
 
 
 def _dtype(name: str, stored: str, storage: Storage) -> str:
@@ -211,7 +207,8 @@ def _dtype(name: str, stored: str, storage: Storage) -> str:
     quant = QUANTS[storage].get(_kind(name))
     if stored != "U8" or quant is None:
         return stored
-    return quant.scale if "scale" in name.rpartition(".")[2] else quant.codes
+    wanted = quant.scale if "scale" in name.rpartition(".")[2] else quant.codes
+    return wanted if formats.DTYPE_BITS[wanted] == 8 else stored
 
 
 def _kind(name: str) -> Kind:

@@ -261,7 +261,7 @@ def _borrowed(survey: Survey, options: ConvertOptions, original: Original | None
 def _require_possible(survey: Survey, options: ConvertOptions, storage: Storage) -> None:
     if options.namespace is not Namespace.DEEPSEEK and not formats.fits_any_namespace(storage):
         raise Usage(
-            f"{options.target} goes with the released names: its readers know no others",
+            f"{storage.value} goes with the released names: its readers know no others",
             expected="--names deepseek",
             do="leave --names out",
         )

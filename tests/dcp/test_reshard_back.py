@@ -103,6 +103,20 @@ def test_every_way_leads_back(release: str, way: list[str], tmp_path: Path) -> N
     there_and_back(tiny.make_sample(release, tmp_path / "source"), tmp_path, *way)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "target", [target for target in Target if target not in (Target.BF16, Target.NATIVE)]
+)
+def test_codes_of_every_storage_come_back(target: Target, flash: Path, tmp_path: Path) -> None:
+    """As uint8 in DCP, they are known again: by their shapes, and by the dtypes of what stands beside them."""
+    tiny.convert(flash, tmp_path / "stored", target=target)
+    done(
+        tmp_path / "stored", tmp_path / "dcp", "--to", "dcp", "--to-dtype", "as-stored", "--names", "deepseek"
+    )
+    done(tmp_path / "dcp", tmp_path / "back", "--to", "safetensors", "--storage", target.value)
+    assert shards_of(tmp_path / "back") == shards_of(tmp_path / "stored")
+
+
 def there_and_back(original: Path, base: Path, *way: str) -> None:
     done(original, base / "dcp", "--to", "dcp", "--chunk-bytes", "64KiB", *way)
     done(base / "dcp", base / "back", "--to", "safetensors", "--storage", "native", "--source", original)
