@@ -1,0 +1,386 @@
+"""A training run as values: every key with its unit and reason, read strictly from TOML and key=value.
+
+Owns what may be asked for and what goes together; knows no tensors, no files but the recipe's own, no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple, TypeVar
+
+from dsv4ckpt.errors import Usage
+
+MAX_RECIPE_BYTES = 1024 * 1024
+_Part = TypeVar("_Part")
+
+
+class Train(StrEnum):
+    """Which weights learn."""
+
+    FULL = "full"
+    LORA = "lora"
+
+
+class Kind(StrEnum):
+    """What lines of data files are."""
+
+    CHAT = "chat"
+    TEXT = "text"
+    TOKENS = "tokens"
+    HELLASWAG = "hellaswag"
+
+
+class Optimizer(StrEnum):
+    ADAMW = "adamw"
+    MUON = "muon"
+
+
+class Decay(StrEnum):
+    """The learning rate after its warm-up."""
+
+    CONSTANT = "constant"
+    COSINE = "cosine"
+    LINEAR = "linear"
+
+
+def key(why: str, default: Any = MISSING, unit: str = "") -> Any:
+    """A field of a recipe: what it means, in what unit. Without a default it must be given."""
+    return field(default=default, metadata={"why": why, "unit": unit})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPart:
+    """[model]"""
+
+    source: str = key("checkpoint to start from, in any storage format", unit="path")
+    dtype: str = key("of weights that are trained: float32, or bfloat16 for the memory", "float32")
+    experts: str = key("packed: routed experts and dense matrices stay FP4 and FP8; goes with lora", "dense")
+    initialize: bool = key("start from random weights of the source's config instead of its tensors", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPart:
+    """[train]"""
+
+    what: Train = key("full: all weights but the frozen; lora: adapters only", Train.FULL)
+    steps: int = key("optimizer steps in all", unit="steps")
+    rows: int = key("rows in a global batch, over all ranks and micro batches", 8, "rows")
+    micro_rows: int = key("rows in a forward pass; gradients are summed over the others", 1, "rows")
+    seed: int = key("of the order of data, adapters and initial weights", 0)
+    freeze: tuple[str, ...] = key(
+        "patterns of parameters that stay: SFT leaves routers and indexers as they are",
+        ("*.mlp.gate.*", "*.indexer.*"),
+    )
+    recompute: bool = key("keep only the streams between blocks: less memory, a third more time", False)
+    qat: bool = key(
+        "routed experts through FP4 in the forward pass: what is exported is what was trained", False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPart:
+    """[data]"""
+
+    files: tuple[str, ...] = key(
+        "JSON lines, or for tokens files of numbers; read in this order", unit="paths"
+    )
+    kind: Kind = key(
+        "chat: messages; text: a text each; tokens: ids each; hellaswag: as published", Kind.CHAT
+    )
+    eval_files: tuple[str, ...] = key("the same, for the loss on what is not trained on", (), "paths")
+    length: int = key("tokens in a row", 2048, "tokens")
+    pack: bool = key("fill rows with several documents, which do not see each other", True)
+    thinking: str = key("chat: how reasoning is shown, as in dsv4 generate", "chat")
+    shuffle: bool = key("another order in each epoch, by train.seed", True)
+    too_long: str = key("documents beyond data.length: cut, skip (counted) or refuse", "cut")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerPart:
+    """[optimizer]"""
+
+    kind: Optimizer = key("adamw, or the paper's Muon for matrices and AdamW for the rest", Optimizer.ADAMW)
+    lr: float | None = key("learning rate. None: 1e-5, with lora 1e-4", None)
+    betas: tuple[float, float] = key("decay of the moments (paper)", (0.9, 0.95))
+    eps: float = key("AdamW's; the paper trains with 1e-20, far below float32's use in the wild", 1e-8)
+    weight_decay: float = key("per step and unit of lr; not on norms, biases and scales", 0.0)
+    clip: float = key("largest norm of all gradients together; 0: none", 1.0)
+    decay: Decay = key("of lr after the warm-up", Decay.COSINE)
+    warmup: int = key("steps with a rising lr", 0, "steps")
+    least: float = key("lr at the end, as a part of lr", 0.1)
+    muon_momentum: float = key("Muon's (paper)", 0.95)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossPart:
+    """[loss]: each is a mean over the tokens of the global batch"""
+
+    mtp: float = key("weight of the MTP block's loss: 0.1 as in the paper's last phase, 0.3 before", 0.1)
+    balance: float = key("weight of the sequence-wise balance loss (paper: 1e-4)", 0.0)
+    bias_update: float = key("step of the selection bias against load (paper: 1e-3); 0 for SFT", 0.0)
+    indexer: float = key("weight of the indexer's KL to attention; unfreeze *.indexer.* with it", 0.0)
+    indexer_dense: bool = key("indexer KL over all visible entries, as before sparse attention", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraPart:
+    """[lora]"""
+
+    rank: int = key("of the adapters", 16)
+    alpha: float = key("adapters count alpha / rank", 32.0)
+    targets: tuple[str, ...] = key(
+        "patterns of weights that get one",
+        ("*.self_attn.*_proj", "*.mlp.shared_experts.*", "*.mlp.experts.*"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelPart:
+    """[parallel]: pp * dp * ep ranks"""
+
+    pp: int = key("pipeline stages", 1)
+    dp: int = key("groups of ranks with data of their own; FSDP2 divides the weights over them", 1)
+    ep: int = key("ranks that divide the experts", 1)
+    layers: tuple[int, ...] = key("layers of each stage; empty: as even as it goes", ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointPart:
+    """[checkpoint]"""
+
+    every: int = key("steps between checkpoints; 0: only at the end and when stopped", 0, "steps")
+    keep: int = key("how many stay; older ones are removed once a newer is whole", 2)
+    background: bool = key("write while training goes on", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogPart:
+    """[log]"""
+
+    every: int = key("steps between lines", 1, "steps")
+    eval_every: int = key("steps between looks at data.eval_files; 0: at the end", 0, "steps")
+    to: tuple[str, ...] = key("beside metrics.jsonl, where installed: tensorboard, wandb, trackio", ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A training run."""
+
+    model: ModelPart
+    train: TrainPart
+    data: DataPart
+    optimizer: OptimizerPart = OptimizerPart()
+    loss: LossPart = LossPart()
+    lora: LoraPart = LoraPart()
+    parallel: ParallelPart = ParallelPart()
+    checkpoint: CheckpointPart = CheckpointPart()
+    log: LogPart = LogPart()
+
+    @property
+    def lr(self) -> float:
+        """The learning rate, its default resolved."""
+        if self.optimizer.lr is not None:
+            return self.optimizer.lr
+        return 1e-4 if self.train.what is Train.LORA else 1e-5
+
+
+class Told(NamedTuple):
+    """A key of a recipe, for people."""
+
+    name: str
+    default: Any  # MISSING: it must be given
+    unit: str
+    why: str
+
+
+def keys() -> Iterator[Told]:
+    """Every key, in order."""
+    for part in dataclasses.fields(Recipe):
+        for item in dataclasses.fields(_type(Recipe, part.name)):
+            yield Told(f"{part.name}.{item.name}", item.default, item.metadata["unit"], item.metadata["why"])
+
+
+def read_recipe(data: bytes, changes: Sequence[str] = ()) -> Recipe:
+    """A recipe from a TOML file's bytes, and key=value after it.
+
+    changes  "train.steps=10": values as in TOML; what is no TOML is a text
+    raises   Usage: TOML errors with their line, an unknown key with the nearest name, a wrong type, what does not fit
+    """
+    if len(data) > MAX_RECIPE_BYTES:
+        raise Usage(
+            "the recipe is too large", expected=f"at most {MAX_RECIPE_BYTES:,} bytes", do="name a recipe"
+        )
+    try:
+        document = tomllib.loads(data.decode())
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise Usage(f"the recipe is no TOML: {error}", do="mend it there") from None
+    for change in changes:
+        _apply(document, change)
+    parts = {}
+    for name in document:
+        if name not in _names(Recipe):
+            raise _unknown(name, _names(Recipe))
+    for part in dataclasses.fields(Recipe):
+        given = document.get(part.name, {})
+        if not isinstance(given, dict):
+            raise Usage(f"{part.name} is a table of the recipe", expected=f"[{part.name}]", do="write it so")
+        parts[part.name] = _part(_type(Recipe, part.name), part.name, given)
+    recipe = Recipe(**parts)
+    _require_sound(recipe)
+    return recipe
+
+
+def document_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The recipe with every default, as JSON holds it."""
+    return dataclasses.asdict(recipe)
+
+
+def _apply(document: dict[str, Any], change: str) -> None:
+    name, equals, text = change.partition("=")
+    part, dot, inner = name.strip().partition(".")
+    if not equals or not dot:
+        raise Usage(
+            f"{change[:80]!r} changes no key of the recipe",
+            expected="key=value, such as train.steps=10",
+            do="write it so",
+        )
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError):
+        value = text
+    table = document.setdefault(part, {})
+    if isinstance(table, dict):
+        table[inner] = value
+
+
+def _part(kind: type[_Part], name: str, given: Mapping[str, Any]) -> _Part:
+    known = _names(kind)
+    for inner in given:
+        if inner not in known:
+            raise _unknown(f"{name}.{inner}", [f"{name}.{item}" for item in known])
+    for item in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if item.default is MISSING and item.name not in given:
+            raise Usage(
+                f"the recipe lacks {name}.{item.name}: {item.metadata['why']}",
+                do=f"write it below [{name}], or give {name}.{item.name}=... after the recipe",
+            )
+    return kind(
+        **{inner: _value(f"{name}.{inner}", _type(kind, inner), value) for inner, value in given.items()}
+    )
+
+
+def _value(name: str, wanted: Any, value: Any) -> Any:
+    """A value of a field's type. raises Usage"""
+    made = _as(wanted, value)
+    if made is MISSING:
+        raise Usage(
+            f"{name} has a value of the wrong kind",
+            expected=_words(wanted),
+            found=repr(value)[:80],
+            do="see dsv4 finetune --keys for what it means",
+        )
+    return made
+
+
+def _as(wanted: Any, value: Any) -> Any:
+    """The value as that type; MISSING: it is none."""
+    arguments = typing.get_args(wanted)
+    if type(None) in arguments:
+        return None if value is None else _as(arguments[0], value)
+    if typing.get_origin(wanted) is tuple:
+        kinds = arguments[:1] * len(value) if arguments[-1] is ... and isinstance(value, list) else arguments
+        if not isinstance(value, list | tuple) or len(kinds) != len(value):
+            return MISSING
+        items = [_as(kind, item) for kind, item in zip(kinds, value, strict=True)]
+        return MISSING if any(item is MISSING for item in items) else tuple(items)
+    if issubclass(wanted, StrEnum):
+        return wanted(value) if value in {item.value for item in wanted} else MISSING
+    if wanted is float and type(value) is int:
+        return float(value)
+    return value if type(value) is wanted else MISSING
+
+
+def _words(wanted: Any) -> str:
+    arguments = typing.get_args(wanted)
+    if type(None) in arguments:
+        return _words(arguments[0])
+    if typing.get_origin(wanted) is tuple:
+        inner = _words(arguments[0])
+        return f"a list of {inner}" if arguments[-1] is ... else f"{len(arguments)} of: {inner}"
+    if issubclass(wanted, StrEnum):
+        return " or ".join(item.value for item in wanted)
+    return {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[wanted]
+
+
+def _unknown(name: str, known: Sequence[str]) -> Usage:
+    inner = name.partition(".")[2]
+    elsewhere = [told.name for told in keys() if inner and told.name.partition(".")[2] == inner]
+    near = elsewhere or difflib.get_close_matches(name, known, 1, 0.5)
+    return Usage(
+        f"there is no key {name[:80]!r}",
+        expected=f"{near[0]}?" if near else ", ".join(known),
+        do="check the spelling; dsv4 finetune --keys lists all",
+    )
+
+
+def _names(kind: type) -> list[str]:
+    return [item.name for item in dataclasses.fields(kind)]
+
+
+def _type(kind: type, name: str) -> Any:
+    return typing.get_type_hints(kind)[name]
+
+
+def _require_sound(recipe: Recipe) -> None:
+    """What each number may be, and what goes together. raises Usage"""
+    model, train, data, parallel = recipe.model, recipe.train, recipe.data, recipe.parallel
+    _require_one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
+    _require_one_of("model.experts", model.experts, ("dense", "packed"))
+    _require_one_of("data.too_long", data.too_long, ("cut", "skip", "refuse"))
+    for name in ("train.steps", "train.rows", "train.micro_rows", "lora.rank", "parallel.pp", "parallel.dp",
+                 "parallel.ep", "checkpoint.keep", "log.every"):  # fmt: skip
+        _require(_of(recipe, name) >= 1, name, "1 or more", _of(recipe, name))
+    for name in ("optimizer.weight_decay", "optimizer.clip", "optimizer.warmup", "optimizer.least", "optimizer.eps",
+                 "loss.mtp", "loss.balance", "loss.bias_update", "loss.indexer", "checkpoint.every",
+                 "log.eval_every", "train.seed"):  # fmt: skip
+        _require(_of(recipe, name) >= 0, name, "0 or more", _of(recipe, name))
+    _require(data.length >= 2, "data.length", "2 or more", data.length)
+    _require(bool(data.files), "data.files", "a file at least", list(data.files))
+    _require(recipe.lr > 0, "optimizer.lr", "above 0", recipe.lr)
+    _require(all(0 <= beta < 1 for beta in recipe.optimizer.betas), "optimizer.betas", "from 0 to below 1",
+             list(recipe.optimizer.betas))  # fmt: skip
+    each = train.micro_rows * parallel.dp
+    _require(train.rows % each == 0, "train.rows", f"a multiple of micro_rows * dp = {each}", train.rows)
+    is_lora = train.what is Train.LORA
+    if model.experts == "packed" and not is_lora:
+        raise Usage(
+            'model.experts="packed" holds codes, which do not learn',
+            expected='train.what = "lora"',
+            do="train adapters, or leave experts dense",
+        )
+    if model.initialize and (is_lora or model.experts == "packed"):
+        raise Usage("random weights are trained in full", expected='train.what = "full"', do="leave one out")
+    if train.qat and is_lora:
+        raise Usage(
+            "train.qat moves the experts themselves", expected='train.what = "full"', do="leave one out"
+        )
+
+
+def _of(recipe: Recipe, name: str) -> Any:
+    part, _, inner = name.partition(".")
+    return getattr(getattr(recipe, part), inner)
+
+
+def _require_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    _require(value in known, name, " or ".join(known), value)
+
+
+def _require(holds: bool, name: str, expected: str, found: Any) -> None:
+    if not holds:
+        raise Usage(f"{name} cannot be that", expected=expected, found=repr(found)[:80], do="change it")
