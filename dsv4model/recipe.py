@@ -98,7 +98,11 @@ class DataPart:
     pack: bool = key("fill rows with several documents, which do not see each other", True)
     thinking: str = key("chat: how reasoning is shown, as in dsv4 generate", "chat")
     shuffle: bool = key("another order in each epoch, by train.seed", True)
-    too_long: str = key("documents beyond data.length: cut, skip (counted) or refuse", "cut")
+    too_long: str = key(
+        "documents beyond data.length: split (the rest is a document of its own), cut or skip (counted), refuse",
+        "cut",
+    )
+    bad_lines: str = key("refuse, or skip: such lines are left, named and counted", "refuse")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,7 +346,9 @@ def _require_sound(recipe: Recipe) -> None:
     model, train, data, parallel = recipe.model, recipe.train, recipe.data, recipe.parallel
     _require_one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
     _require_one_of("model.experts", model.experts, ("dense", "packed"))
-    _require_one_of("data.too_long", data.too_long, ("cut", "skip", "refuse"))
+    _require_one_of("data.too_long", data.too_long, ("split", "cut", "skip", "refuse"))
+    _require_one_of("data.bad_lines", data.bad_lines, ("refuse", "skip"))
+    _require_one_of("data.thinking", data.thinking, ("chat", "thinking"))
     for name in ("train.steps", "train.rows", "train.micro_rows", "lora.rank", "parallel.pp", "parallel.dp",
                  "parallel.ep", "checkpoint.keep", "log.every"):  # fmt: skip
         _require(_of(recipe, name) >= 1, name, "1 or more", _of(recipe, name))
