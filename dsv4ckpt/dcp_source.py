@@ -130,6 +130,19 @@ def open_dcp(
     return found, left
 
 
+def open_tensors(path: str, *, follow_links: bool = False) -> tuple[DcpCheckpoint, tuple[str, ...]]:
+    """Every tensor of a DCP directory as it is stored, and the names of what else is in it.
+
+    raises  MissingFile, BadDcp, UnsafePath, Environment
+    """
+    contents, sha256 = _read_metadata(path, follow_links)
+    pieces = {name: _Pieces(tensor) for name, tensor in contents.tensors.items()}
+    checkpoint = DcpCheckpoint(path, path, None, follow_links)
+    stamps = _require_saved(path, pieces, follow_links)
+    _show(checkpoint, pieces, {name: item.stored.dtype for name, item in pieces.items()}, stamps, sha256)
+    return checkpoint, contents.others
+
+
 # ---- which entries are the model
 
 
@@ -234,7 +247,7 @@ def _fitting(name: str, stored: str, asked: str, shown: str, allow_lossy: bool) 
 # ---- what stands where
 
 
-class _Lie(NamedTuple):
+class Lie(NamedTuple):
     """How a chunk lies in its tensor: as runs of bytes, which in the file follow each other."""
 
     begin: int  # of the first run, in the tensor
@@ -261,7 +274,7 @@ class _Lie(NamedTuple):
         return range(first, bisect.bisect_left(every, end, lo=first, key=self.at))
 
 
-def _lie(chunk: Chunk, shape: Shape, width: int) -> _Lie:
+def lie(chunk: Chunk, shape: Shape, width: int) -> Lie:
     """width: bytes of an element"""
     steps = [width * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     begin = sum(offset * step for offset, step in zip(chunk.offsets, steps, strict=True))
@@ -270,7 +283,7 @@ def _lie(chunk: Chunk, shape: Shape, width: int) -> _Lie:
         inner -= 1
     outer = max(0, inner - 1)
     size = width * math.prod(chunk.sizes[outer:])
-    return _Lie(begin, size, chunk.sizes[:outer], tuple(steps[:outer]))
+    return Lie(begin, size, chunk.sizes[:outer], tuple(steps[:outer]))
 
 
 class _Pieces:
@@ -286,7 +299,7 @@ class _Pieces:
         ]
         self.chunks = [chunk for chunk, _ in full]
         self.places = [place for _, place in full]
-        self.lies = [_lie(chunk, stored.shape, width) for chunk in self.chunks]
+        self.lies = [lie(chunk, stored.shape, width) for chunk in self.chunks]
         self.begins: list[int] = []  # in the file, of each chunk's values
 
 
@@ -340,7 +353,7 @@ def _show(
     checkpoint.pieces, checkpoint.tensors = pieces, {}
     for name, item in pieces.items():
         shape = item.stored.shape
-        place = item.stored.places[0]
+        place = item.stored.places[0] if item.stored.places else Place(next(iter(stamps)), 0, 0)
         entry = Entry(
             dtypes[name], shape, place.offset, place.offset + formats.stored_bytes(dtypes[name], shape)
         )
@@ -391,17 +404,17 @@ class _DcpReader(Reader):
     def _gather(self, name: str, view: memoryview, offset: int) -> None:
         """Bytes [offset, offset + len(view)) of a tensor as it is stored, from every chunk that has some."""
         pieces, end = self._pieces[name], offset + len(view)
-        for lie, place, begin in zip(pieces.lies, pieces.places, pieces.begins, strict=True):
-            runs = lie.within(offset, end)
+        for chunk, place, begin in zip(pieces.lies, pieces.places, pieces.begins, strict=True):
+            runs = chunk.within(offset, end)
             if not runs:
                 continue
             # what of the first and of the last of these runs is wanted
-            skipped = max(0, offset - lie.at(runs[0]))
-            left = max(0, lie.at(runs[-1]) + lie.size - end)
-            size = len(runs) * lie.size - skipped - left
-            position = begin + runs[0] * lie.size + skipped
+            skipped = max(0, offset - chunk.at(runs[0]))
+            left = max(0, chunk.at(runs[-1]) + chunk.size - end)
+            size = len(runs) * chunk.size - skipped - left
+            position = begin + runs[0] * chunk.size + skipped
             if len(runs) == 1:
-                to = lie.at(runs[0]) + skipped - offset
+                to = chunk.at(runs[0]) + skipped - offset
                 self._fill(name, place.file, view[to : to + size], position)
                 continue
             self._scratch = _room(self._scratch, size)
@@ -409,8 +422,8 @@ class _DcpReader(Reader):
             self._fill(name, place.file, raw, position)
             done = 0
             for number in runs:
-                at = lie.at(number)
-                first, last = max(at, offset), min(at + lie.size, end)
+                at = chunk.at(number)
+                first, last = max(at, offset), min(at + chunk.size, end)
                 view[first - offset : last - offset] = raw[done : done + last - first]
                 done += last - first
 

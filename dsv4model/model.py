@@ -177,32 +177,54 @@ class Model(Module):
         raises         Usage for what cannot be computed, before anything is
         """
         given = Given(input_ids, next_ids, documents, cache, inputs_embeds)
-        packing = given.packing(self.config, self.model.embed_tokens.weight.dtype)
-        x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        ratios = self.config.compress_ratios
-        settings = {r: Setting.of(self.config, r, packing, x.dtype) for r in {0, *ratios}}
-        caches: Iterable[LayerCache | None] = cache.layers if cache else [None] * len(ratios)
-        streams, hidden = self.model(x, input_ids, settings, caches, ratios)
-        logits = self.lm_head(hidden)
+        passed = self._through(given)
+        logits = self.lm_head(passed.hidden)
         self.show("logits", logits)
-        mtp_logits = None
-        if self.mtp and next_ids is None and input_ids is not None and cache is None:
-            next_ids = shifted_left(input_ids, documents, self.config.eos)
-        if self.mtp and next_ids is not None:
-            mtp_logits = self._mtp_logits(streams, next_ids, settings[0], cache)
+        mtp_hidden, mtp_logits = self._ahead(given, passed), None
+        if mtp_hidden is not None:
+            mtp_logits = self.lm_head(mtp_hidden)
+            self.show("mtp.0.logits", mtp_logits)
         if cache is not None:
-            cache.grow(x.shape[:2], with_mtp=mtp_logits is not None)
+            cache.grow(passed.hidden.shape[:2], with_mtp=mtp_logits is not None)
         return Output(logits, mtp_logits)
 
-    def _mtp_logits(self, streams: Tensor, next_ids: Tensor, setting: Setting, cache: Cache | None) -> Tensor:
+    def hidden(
+        self, input_ids: Tensor, next_ids: Tensor | None = None, documents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the head takes for both logits, [B, S, H]: for losses that never have all logits. Else as forward."""
+        given = Given(input_ids, next_ids, documents, None, None)
+        passed = self._through(given)
+        return passed.hidden, self._ahead(given, passed)
+
+    def _through(self, given: Given) -> _Passed:
+        """Embedding and layers."""
+        packing = given.packing(self.config, self.model.embed_tokens.weight.dtype)
+        x = self.model.embed_tokens(given.input_ids) if given.inputs_embeds is None else given.inputs_embeds
+        ratios = self.config.compress_ratios
+        settings = {r: Setting.of(self.config, r, packing, x.dtype) for r in {0, *ratios}}
+        caches: Iterable[LayerCache | None] = given.cache.layers if given.cache else [None] * len(ratios)
+        streams, hidden = self.model(x, given.input_ids, settings, caches, ratios)
+        return _Passed(streams, hidden, settings[0])
+
+    def _ahead(self, given: Given, passed: _Passed) -> Tensor | None:
+        """What the head takes from the MTP block. None: there is none, or it was given no next tokens."""
+        next_ids, cache = given.next_ids, given.cache
+        if self.mtp and next_ids is None and given.input_ids is not None and cache is None:
+            next_ids = shifted_left(given.input_ids, given.documents, self.config.eos)
+        if not self.mtp or next_ids is None:
+            return None
         block = self.mtp[0]
         assert isinstance(block, MtpBlock)
-        hidden = block.hidden(
-            streams, self.model.embed_tokens(next_ids), setting, cache.mtp[0] if cache else None
-        )
-        logits: Tensor = self.lm_head(hidden)
-        self.show("mtp.0.logits", logits)
-        return logits
+        embedded = self.model.embed_tokens(next_ids)
+        return block.hidden(passed.streams, embedded, passed.setting, cache.mtp[0] if cache else None)
+
+
+class _Passed(NamedTuple):
+    """What came out of the layers."""
+
+    streams: Tensor  # [B, S, J, H]
+    hidden: Tensor  # [B, S, H] collapsed and normed
+    setting: Setting  # of a layer without compression
 
 
 def dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -215,6 +237,8 @@ def initialize(model: Model, generator: torch.Generator) -> None:
     """Weights to train from scratch with: normal with the config's deviation, norms 1, biases and sinks 0.
 
     Streams start out equal and are read with equal weight; hash tables spread the token ids over the experts evenly.
+
+    generator  on the model's device
     """
     for name, parameter in model.named_parameters():
         leaf, owner = name.split(".")[-1], name.split(".")[-2]
@@ -228,7 +252,8 @@ def initialize(model: Model, generator: torch.Generator) -> None:
             parameter.normal_(0, model.config.init_std, generator=generator)
     for name, buffer in model.named_buffers():
         if name.endswith("tid2eid"):
-            rows = [torch.randperm(model.config.num_experts, generator=generator) for _ in range(len(buffer))]
-            buffer.copy_(torch.stack(rows)[:, : buffer.shape[1]])
+            shape = len(buffer), model.config.num_experts
+            order = torch.rand(shape, generator=generator, device=buffer.device).argsort(1)
+            buffer.copy_(order[:, : buffer.shape[1]])
         else:
             buffer.zero_()

@@ -321,7 +321,7 @@ MUTANTS = (
     mutant(
         "an MTP block that rotates as a layer with compression",
         "model", "mtp.0.attn.q",
-        "(streams, next_ids, settings[0], cache)", "(streams, next_ids, settings[ratios[-1]], cache)",
+        "_Passed(streams, hidden, settings[0])", "_Passed(streams, hidden, settings[ratios[-1]])",
     ),
     mutant(
         "MTP through the main model's last collapse",
