@@ -124,6 +124,9 @@ class _LinearWide(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
+        if x.is_cuda and x.dtype == weight.dtype:  # tensor cores multiply bfloat16 and sum in float32
+            out = torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32)
+            return out.unflatten(0, x.shape[:-1])
         return F.linear(wide(x), wide(weight))
 
     @staticmethod

@@ -38,7 +38,8 @@ def decoded(codes: Tensor, scales: Tensor, quant: Quant, dtype: torch.dtype, num
     codes      uint8 [R, P]
     scales     uint8 [r, c], E8M0, or float32 [r, c]
     num_parts  equal matrices that stand one below the other, each with blocks of its own
-    returns    dtype [R, C]: what dense loading gives, in every dtype; above the result it needs memory for one chunk
+    returns    dtype [R, C]: what dense loading gives, in every dtype; above the result it needs memory for one chunk,
+               on a GPU for one part
     raises     Usage if the scales were cast
     """
     if scales.dtype != scale_dtype(quant):
@@ -52,6 +53,9 @@ def decoded(codes: Tensor, scales: Tensor, quant: Quant, dtype: torch.dtype, num
     out = torch.empty(rows, packed * quant.codes_per_element, dtype=dtype, device=codes.device)
     parts = (tensor.chunk(num_parts) for tensor in (codes, scales, out))
     for codes_RP, scales_rc, out_RC in zip(*parts, strict=True):
+        if codes.device.type != "cpu":  # few large operations are fast there
+            out_RC.copy_(decoded_plain(codes_RP, scales_rc, quant))
+            continue
         for first, count in chunks(out_RC.shape[0], out_RC.shape[1], quant.block.rows):
             mine = scales_rc[block_rows_of(first, count, quant.block)]
             _decode(codes_RP[first : first + count], mine, quant, out_RC[first : first + count])
@@ -59,29 +63,34 @@ def decoded(codes: Tensor, scales: Tensor, quant: Quant, dtype: torch.dtype, num
 
 
 def _decode(codes_RP: Tensor, scales_rc: Tensor, quant: Quant, out_RC: Tensor) -> None:
-    if codes_RP.device.type != "cpu":
-        out_RC.copy_(decoded_plain(codes_RP, scales_rc, quant))
-    elif out_RC.dtype == torch.bfloat16:
+    if out_RC.dtype == torch.bfloat16:
         decoded_rows(codes_RP, scales_rc, quant, out_RC)
     else:
         out_RC.copy_(decoded_rows(codes_RP, scales_rc, quant).values)
 
 
 def decoded_plain(codes_RP: Tensor, scales_rc: Tensor, quant: Quant) -> Tensor:
-    """The slow twin, bfloat16 [R, C], for devices that the tables of codec are not on: float64, rounded once."""
+    """The slow twin, bfloat16 [R, C], for devices that the tables of codec are not on: exact products, rounded once.
+
+    float32 holds every code times every power of two that E8M0 has, subnormals included; float64 every other product.
+    """
+    exact = torch.float64 if quant.scale == "F32" else torch.float32
     if quant.codes_per_element == 2:
         grid = torch.tensor((*FP4_GRID, *(-value for value in FP4_GRID)), device=codes_RP.device)
         pairs = torch.stack((codes_RP & 15, codes_RP >> 4), -1)
-        values_RC = grid[pairs.flatten(-2).to(torch.int32)].to(torch.float64)
+        values_RC = grid[pairs.flatten(-2).to(torch.int32)].to(exact)
     else:
-        values_RC = codes_RP.view(torch.float8_e4m3fn).to(torch.float64)
-    factors_rc = scales_rc.to(torch.float64)
+        values_RC = codes_RP.view(torch.float8_e4m3fn).to(exact)
+    factors_rc = scales_rc.to(exact)
     if quant.scale != "F32":
         factors_rc = torch.ldexp(torch.ones_like(factors_rc), scales_rc.to(torch.int32) - E8M0_BIAS)
     rows, cols = values_RC.shape
     factors_Rc = factors_rc.repeat_interleave(quant.block.rows, 0)[:rows]
     factors_RC = factors_Rc.repeat_interleave(quant.block.cols, 1)[:, :cols]
-    return codec.bf16_bits(values_RC * factors_RC).bits.view(torch.bfloat16)
+    product_RC = values_RC * factors_RC
+    if exact is torch.float32:
+        return product_RC.to(torch.bfloat16).masked_fill_(product_RC.isnan(), torch.nan)  # any NaN is 0x7FC0
+    return codec.bf16_bits(product_RC).bits.view(torch.bfloat16)
 
 
 def scale_dtype(quant: Quant) -> torch.dtype:
