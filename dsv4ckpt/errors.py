@@ -11,6 +11,7 @@ EXIT_DIFFERENT = 1
 EXIT_USAGE = 2
 EXIT_BAD_INPUT = 3
 EXIT_ENVIRONMENT = 4
+EXIT_DIVERGED = 5
 EXIT_BUSY = 75
 EXIT_SIGNAL = 128  # plus the signal's number: 130 for SIGINT, 143 for SIGTERM
 
@@ -51,7 +52,7 @@ class BadHeader(Dsv4Error):
 
 
 class BadDcp(Dsv4Error):
-    """A directory of torch.distributed.checkpoint that is malformed, or holds what torch's own writer does not write."""
+    """A directory of torch.distributed.checkpoint that is malformed, or was written by something else than torch."""
 
 
 class BadIndex(Dsv4Error):
@@ -155,6 +156,12 @@ class Busy(Dsv4Error):
     """Another process is writing this output."""
 
     exit_code = EXIT_BUSY
+
+
+class Diverged(Dsv4Error):
+    """Training has met a loss or a gradient that is not finite."""
+
+    exit_code = EXIT_DIVERGED
 
 
 class Interrupted(Dsv4Error):

@@ -239,7 +239,7 @@ class OutDir:
 
         def publish(temporary: str) -> None:
             os.rename(temporary, os.path.join(self._work, name))
-            _sync_directory(self._work)
+            sync_directory(self._work)
 
         with self._new_temporary(os.path.join(WORK_NAME, name), publish) as fd:
             yield fd
@@ -290,7 +290,7 @@ class OutDir:
         """Write a small file through the same protocol."""
         with io_errors(name):
             parent = os.path.join(self.path, os.path.dirname(name))
-            _make_directory(parent)
+            make_directory(parent)
             if os.path.realpath(parent) != os.path.normpath(
                 os.path.join(os.path.realpath(self.path), os.path.dirname(name))
             ):
@@ -300,7 +300,7 @@ class OutDir:
         receipt = Receipt(name, len(data), hashlib.sha256(data).hexdigest(), {})
         publish = functools.partial(self._publish, receipt=receipt, journal=journal)
         with self._new_temporary(name, publish) as fd:
-            _write_all(fd, data)
+            write_all(fd, data)
         return receipt
 
     def _publish(self, temporary: str, receipt: Receipt, *, journal: bool) -> None:
@@ -308,7 +308,7 @@ class OutDir:
         final = os.path.join(self.path, receipt.name)
         os.rename(temporary, final)
         try:
-            _sync_directory(os.path.dirname(final))
+            sync_directory(os.path.dirname(final))
             if journal:
                 self._write_down(receipt)
         except OSError:
@@ -319,7 +319,7 @@ class OutDir:
     def _write_down(self, receipt: Receipt) -> None:
         """One line of the journal, durable."""
         line = json.dumps(list(receipt))
-        _write_all(self._journal_fd, f"{zlib.crc32(line.encode()):08x} {line}\n".encode())
+        write_all(self._journal_fd, f"{zlib.crc32(line.encode()):08x} {line}\n".encode())
         os.fsync(self._journal_fd)
         self.finished[receipt.name] = receipt
 
@@ -374,7 +374,7 @@ def open_outdir(path: str, plan_sha256: str, known: set[str], source_sha256: str
     """
     with io_errors("."):
         existed = probe.is_directory(path)
-        _make_directory(path)
+        make_directory(path)
         out = OutDir(path, plan_sha256, source_sha256)
         out.made_directory = not existed
     try:
@@ -460,7 +460,7 @@ def require_space(
         )
 
 
-def _make_directory(path: str) -> None:
+def make_directory(path: str) -> None:
     """Create a directory and its parents, and make every new name durable."""
     path = os.path.abspath(path)
     missing = []
@@ -470,10 +470,10 @@ def _make_directory(path: str) -> None:
     for new in reversed(missing):
         with contextlib.suppress(FileExistsError):
             os.mkdir(new)
-        _sync_directory(os.path.dirname(new))
+        sync_directory(os.path.dirname(new))
 
 
-def _sync_directory(path: str) -> None:
+def sync_directory(path: str) -> None:
     fd = os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -481,7 +481,7 @@ def _sync_directory(path: str) -> None:
         os.close(fd)
 
 
-def _write_all(fd: int, data: bytes) -> None:
+def write_all(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +21,16 @@ from .recipe import Decay, Optimizer, OptimizerPart
 _NO_DECAY = ("norm", "hc", "hc_head")  # owners whose weights are gains and biases
 
 
-def freeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:
-    """Let parameters of these names stay. Returns their names. raises Usage for a pattern that fits nothing"""
+def freeze(model: nn.Module, patterns: Iterable[str], *, optional: Container[str] = ()) -> list[str]:
+    """Let parameters of these names stay. Returns their names.
+
+    optional  patterns that may fit nothing; for any other that is Usage
+    """
     names = dict(model.named_parameters())
     frozen = set()
     for pattern in patterns:
         found = fnmatch.filter(names, pattern)
-        if not found:
+        if not found and pattern not in optional:
             raise Usage(
                 f"train.freeze: {pattern!r} fits no parameter",
                 expected=f"patterns of names such as {next(iter(names))!r}",

@@ -24,8 +24,14 @@ from .simulate import Simulation, fp4_weight
 _ALIGNMENT = 16  # bytes: what F.grouped_mm asks of a matrix's rows
 
 
+Tap = Callable[[Tensor, Tensor], None]  # affinities [T, E] with their gradient, and the chosen experts [T, K]
+
+
 class Router(Module):
-    """Which experts a token goes to, and how much each counts."""
+    """Which experts a token goes to, and how much each counts.
+
+    tap  is told of every call, for losses and counts of the load
+    """
 
     tid2eid: Tensor
     e_score_correction_bias: Tensor
@@ -33,6 +39,7 @@ class Router(Module):
     def __init__(self, config: Config, *, hashes: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden))
+        self.tap: Tap | None = None
         self.hashes, self.count, self.scaling = hashes, config.experts_per_token, config.routed_scaling
         if hashes:
             table = torch.empty(config.vocab, config.experts_per_token, dtype=torch.int64)
@@ -49,6 +56,8 @@ class Router(Module):
             ids_TK = self.tid2eid[token_ids_T]
         else:  # the bias selects, and never weighs
             ids_TK = (scores_TE + self.e_score_correction_bias).topk(self.count, -1, sorted=False).indices
+        if self.tap is not None:
+            self.tap(scores_TE, ids_TK)
         chosen = scores_TE.gather(1, ids_TK)
         return ids_TK, chosen / chosen.sum(-1, keepdim=True) * self.scaling
 
@@ -132,8 +141,21 @@ Product = Callable[
 ]  # rows of a pair [P, in], each times its expert's matrix -> [P, out]
 
 
+def adapted(product: Product, adapter: nn.Module | None) -> Product:
+    """The product, and what an adapter adds to it, made of the same inputs."""
+    if adapter is None:
+        return product
+    return lambda x_PI, pairs: product(x_PI, pairs) + adapter(x_PI, pairs)
+
+
 class Experts(Module):
-    """All routed experts of a layer: gate_up_proj [E, 2I, H], rows of the gate first; down_proj [E, H, I]."""
+    """All routed experts of a layer: gate_up_proj [E, 2I, H], rows of the gate first; down_proj [E, H, I].
+
+    gate_up_adapter, down_adapter  what is added to each (adapters.py)
+    """
+
+    gate_up_adapter: nn.Module | None
+    down_adapter: nn.Module | None
 
     def __init__(self, config: Config, simulation: Simulation) -> None:
         super().__init__()
@@ -141,6 +163,8 @@ class Experts(Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, config.hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, config.hidden, width))
         self.limit, self.simulation = config.swiglu_limit, simulation
+        self.register_module("gate_up_adapter", None)
+        self.register_module("down_adapter", None)
 
     def forward(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The sum over each token's experts, float32 [T, H]."""
@@ -149,7 +173,8 @@ class Experts(Module):
         if self.simulation.experts_fp4:
             gate_up, down = fp4_weight(gate_up), fp4_weight(down)
         by_expert = grouped if can_group(x_TH, gate_up, down) else looped
-        up, back = partial(by_expert, gate_up), partial(by_expert, down)
+        up = adapted(partial(by_expert, gate_up), self.gate_up_adapter)
+        back = adapted(partial(by_expert, down), self.down_adapter)
         pairs = Pairs.of(ids_TK, len(down))
         return routed(x_TH, pairs, weights_TK, up, back, self.limit, self.simulation.prepare)
 

@@ -68,6 +68,9 @@ class ModelPart:
 class TrainPart:
     """[train]"""
 
+    run: str = key(
+        "directory of this run: checkpoints, metrics, the curve; the same one continues", unit="path"
+    )
     what: Train = key("full: all weights but the frozen; lora: adapters only", Train.FULL)
     steps: int = key("optimizer steps in all", unit="steps")
     rows: int = key("rows in a global batch, over all ranks and micro batches", 8, "rows")
@@ -77,7 +80,6 @@ class TrainPart:
         "patterns of parameters that stay: SFT leaves routers and indexers as they are",
         ("*.mlp.gate.*", "*.indexer.*"),
     )
-    recompute: bool = key("keep only the streams between blocks: less memory, a third more time", False)
     qat: bool = key(
         "routed experts through FP4 in the forward pass: what is exported is what was trained", False
     )
@@ -126,10 +128,10 @@ class LossPart:
     """[loss]: each is a mean over the tokens of the global batch"""
 
     mtp: float = key("weight of the MTP block's loss: 0.1 as in the paper's last phase, 0.3 before", 0.1)
-    balance: float = key("weight of the sequence-wise balance loss (paper: 1e-4)", 0.0)
+    balance: float = key(
+        "weight of the sequence-wise balance loss of each router that learns (paper: 1e-4)", 0.0
+    )
     bias_update: float = key("step of the selection bias against load (paper: 1e-3); 0 for SFT", 0.0)
-    indexer: float = key("weight of the indexer's KL to attention; unfreeze *.indexer.* with it", 0.0)
-    indexer_dense: bool = key("indexer KL over all visible entries, as before sparse attention", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,22 +147,11 @@ class LoraPart:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelPart:
-    """[parallel]: pp * dp * ep ranks"""
-
-    pp: int = key("pipeline stages", 1)
-    dp: int = key("groups of ranks with data of their own; FSDP2 divides the weights over them", 1)
-    ep: int = key("ranks that divide the experts", 1)
-    layers: tuple[int, ...] = key("layers of each stage; empty: as even as it goes", ())
-
-
-@dataclass(frozen=True, kw_only=True)
 class CheckpointPart:
     """[checkpoint]"""
 
     every: int = key("steps between checkpoints; 0: only at the end and when stopped", 0, "steps")
     keep: int = key("how many stay; older ones are removed once a newer is whole", 2)
-    background: bool = key("write while training goes on", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +160,6 @@ class LogPart:
 
     every: int = key("steps between lines", 1, "steps")
     eval_every: int = key("steps between looks at data.eval_files; 0: at the end", 0, "steps")
-    to: tuple[str, ...] = key("beside metrics.jsonl, where installed: tensorboard, wandb, trackio", ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +172,6 @@ class Recipe:
     optimizer: OptimizerPart = OptimizerPart()
     loss: LossPart = LossPart()
     lora: LoraPart = LoraPart()
-    parallel: ParallelPart = ParallelPart()
     checkpoint: CheckpointPart = CheckpointPart()
     log: LogPart = LogPart()
 
@@ -203,7 +192,7 @@ class Told(NamedTuple):
     why: str
 
 
-def keys() -> Iterator[Told]:
+def every_key() -> Iterator[Told]:
     """Every key, in order."""
     for part in dataclasses.fields(Recipe):
         for item in dataclasses.fields(_type(Recipe, part.name)):
@@ -324,7 +313,7 @@ def _words(wanted: Any) -> str:
 
 def _unknown(name: str, known: Sequence[str]) -> Usage:
     inner = name.partition(".")[2]
-    elsewhere = [told.name for told in keys() if inner and told.name.partition(".")[2] == inner]
+    elsewhere = [told.name for told in every_key() if inner and told.name.partition(".")[2] == inner]
     near = elsewhere or difflib.get_close_matches(name, known, 1, 0.5)
     return Usage(
         f"there is no key {name[:80]!r}",
@@ -343,17 +332,23 @@ def _type(kind: type, name: str) -> Any:
 
 def _require_sound(recipe: Recipe) -> None:
     """What each number may be, and what goes together. raises Usage"""
-    model, train, data, parallel = recipe.model, recipe.train, recipe.data, recipe.parallel
+    model, train, data = recipe.model, recipe.train, recipe.data
     _require_one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
     _require_one_of("model.experts", model.experts, ("dense", "packed"))
     _require_one_of("data.too_long", data.too_long, ("split", "cut", "skip", "refuse"))
     _require_one_of("data.bad_lines", data.bad_lines, ("refuse", "skip"))
     _require_one_of("data.thinking", data.thinking, ("chat", "thinking"))
-    for name in ("train.steps", "train.rows", "train.micro_rows", "lora.rank", "parallel.pp", "parallel.dp",
-                 "parallel.ep", "checkpoint.keep", "log.every"):  # fmt: skip
+    for name in (
+        "train.steps",
+        "train.rows",
+        "train.micro_rows",
+        "lora.rank",
+        "checkpoint.keep",
+        "log.every",
+    ):
         _require(_of(recipe, name) >= 1, name, "1 or more", _of(recipe, name))
     for name in ("optimizer.weight_decay", "optimizer.clip", "optimizer.warmup", "optimizer.least", "optimizer.eps",
-                 "loss.mtp", "loss.balance", "loss.bias_update", "loss.indexer", "checkpoint.every",
+                 "loss.mtp", "loss.balance", "loss.bias_update", "checkpoint.every",
                  "log.eval_every", "train.seed"):  # fmt: skip
         _require(_of(recipe, name) >= 0, name, "0 or more", _of(recipe, name))
     _require(data.length >= 2, "data.length", "2 or more", data.length)
@@ -361,8 +356,7 @@ def _require_sound(recipe: Recipe) -> None:
     _require(recipe.lr > 0, "optimizer.lr", "above 0", recipe.lr)
     _require(all(0 <= beta < 1 for beta in recipe.optimizer.betas), "optimizer.betas", "from 0 to below 1",
              list(recipe.optimizer.betas))  # fmt: skip
-    each = train.micro_rows * parallel.dp
-    _require(train.rows % each == 0, "train.rows", f"a multiple of micro_rows * dp = {each}", train.rows)
+    _require(train.rows % train.micro_rows == 0, "train.rows", "a multiple of train.micro_rows", train.rows)
     is_lora = train.what is Train.LORA
     if model.experts == "packed" and not is_lora:
         raise Usage(

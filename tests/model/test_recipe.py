@@ -12,7 +12,7 @@ from dsv4ckpt.errors import Usage
 from dsv4model import recipe
 from dsv4model.recipe import Optimizer, Train, read_recipe
 
-LEAST = b'[model]\nsource = "flash"\n[train]\nsteps = 3\n[data]\nfiles = ["chat.jsonl"]\n'
+LEAST = b'[model]\nsource = "flash"\n[train]\nrun = "run"\nsteps = 3\n[data]\nfiles = ["chat.jsonl"]\n'
 
 
 def refused(*changes: str, data: bytes = LEAST) -> Usage:
@@ -36,7 +36,7 @@ def test_changes_come_after_the_file_and_are_toml_or_texts() -> None:
     made = read_recipe(
         LEAST,
         ["train.steps=7", "train.what=lora", 'data.files=["a", "b"]', "optimizer.lr=1", "optimizer.kind=muon",
-         "optimizer.betas=[0.8, 0.9]", "checkpoint.background=true"],
+         "optimizer.betas=[0.8, 0.9]", "model.initialize=false"],
     )  # fmt: skip
     assert made.train.steps == 7
     assert made.train.what is Train.LORA
@@ -44,7 +44,7 @@ def test_changes_come_after_the_file_and_are_toml_or_texts() -> None:
     assert made.lr == 1.0 and isinstance(made.lr, float)
     assert made.optimizer.kind is Optimizer.MUON
     assert made.optimizer.betas == (0.8, 0.9)
-    assert made.checkpoint.background is True
+    assert made.model.initialize is False
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_value_of_the_wrong_kind_says_what_it_should_be(change: str) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        "train.steps=0", "train.rows=-1", "train.micro_rows=3", "parallel.dp=3", "data.length=1", "data.files=[]",
+        "train.steps=0", "train.rows=-1", "train.micro_rows=3", "data.length=1", "data.files=[]",
         "loss.mtp=-0.1", "optimizer.lr=0", "optimizer.betas=[0.9, 1.0]", "model.dtype=float16",
         "model.experts=packed", "data.too_long=drop", "checkpoint.keep=0",
     ],
@@ -91,7 +91,7 @@ def test_what_does_not_go_together_is_refused() -> None:
     read_recipe(LEAST, ["train.what=lora", "model.experts=packed"])
 
 
-@pytest.mark.parametrize("missing", [b"source", b"steps", b"files"])
+@pytest.mark.parametrize("missing", [b"source", b"run", b"steps", b"files"])
 def test_key_without_a_default_must_be_given(missing: bytes) -> None:
     lines = [line for line in LEAST.split(b"\n") if not line.startswith(missing)]
     assert missing.decode() in refused(data=b"\n".join(lines)).what
@@ -108,7 +108,7 @@ def test_change_that_names_no_key_is_refused(change: str) -> None:
 
 
 def test_every_key_tells_what_it_means() -> None:
-    told = list(recipe.keys())
+    told = list(recipe.every_key())
     assert len({item.name for item in told}) == len(told) > 40
     for item in told:
         assert len(item.why) > 10, item.name

@@ -44,7 +44,7 @@ MUTANTS = (
     Mutant(
         "a name is synced",
         "dsv4ckpt/outdir.py",
-        "            _sync_directory(os.path.dirname(final))\n",
+        "            sync_directory(os.path.dirname(final))\n",
         "",
         f"{OUTDIR} durable_before",
     ),

@@ -1,0 +1,275 @@
+"""A training run's directory: what stands in it when, and that nothing in it is ever half there.
+
+    RUN/recipe.json              the recipe with every default
+    RUN/metrics.jsonl            a line a step
+    RUN/checkpoints/step-N/      a torch DCP directory, with run.json beside its files
+    RUN/latest                   the name of the newest of them, written last
+
+A checkpoint is written beside its place and renamed: it is there whole, or not at all.  Knows no models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from dsv4ckpt import strictjson
+from dsv4ckpt.contained import opened
+from dsv4ckpt.dcp_reader import DirectoryReader
+from dsv4ckpt.errors import Busy, Dsv4Error, Environment, Usage, printable
+from dsv4ckpt.outdir import make_directory, sync_directory, write_all
+from dsv4ckpt.shard import read_exactly
+
+RECIPE, METRICS, CHECKPOINTS, LATEST, ABOUT = (
+    "recipe.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "latest",
+    "run.json",
+)
+_STEP = re.compile(r"step-([0-9]{1,12})")
+_MOST_ABOUT_BYTES = 1024 * 1024
+_LOCK = ".lock"
+
+
+class BadRun(Dsv4Error):
+    """A run's directory does not hold what a run leaves there."""
+
+
+class Checkpoint(NamedTuple):
+    """One that is whole."""
+
+    step: int
+    path: str
+
+
+class RunDirectory:
+    """For one process that trains, or reads."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the directory if need be, and keep other trainers out. raises Busy, Environment"""
+        with _errors(self.path):
+            make_directory(os.path.join(self.path, CHECKPOINTS))
+            fd = os.open(os.path.join(self.path, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            with _errors(self.path):
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise Busy(
+                        "another process trains into this directory",
+                        file=_LOCK,
+                        do="wait for it, or name another train.run",
+                    ) from None
+                self._remove_unfinished()
+            yield
+        finally:
+            os.close(fd)
+
+    # ---- checkpoints
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """All that are whole, the oldest first. raises Environment"""
+        below = os.path.join(self.path, CHECKPOINTS)
+        with _errors(self.path):
+            names = os.listdir(below) if os.path.isdir(below) else []
+        found = [(int(match[1]), name) for name in names if (match := _STEP.fullmatch(name))]
+        return [Checkpoint(step, os.path.join(below, name)) for step, name in sorted(found)]
+
+    def write(self, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Checkpoint:
+        """Save tensors, whole on one process. raises BadRun if the step is there already; Environment"""
+        final = os.path.join(self.path, CHECKPOINTS, f"step-{step}")
+        temporary = os.path.join(self.path, CHECKPOINTS, f".step-{step}.tmp")
+        if os.path.lexists(final):
+            raise BadRun(
+                "a checkpoint of this step is there already", file=final, do="nothing is written over it"
+            )
+        with _errors(self.path):
+            writer = FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
+            save(dict(tensors), storage_writer=writer, no_dist=True)
+            sizes = {
+                name: os.path.getsize(os.path.join(temporary, name)) for name in sorted(os.listdir(temporary))
+            }
+            _write(os.path.join(temporary, ABOUT), _json({**about, "step": step, "files": sizes}))
+            sync_directory(temporary)
+            os.rename(temporary, final)
+            sync_directory(os.path.dirname(final))
+            self.publish(LATEST, f"step-{step}\n".encode())
+        return Checkpoint(step, final)
+
+    def about(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """What stands beside a checkpoint's tensors. raises BadRun, Environment"""
+        with opened(checkpoint.path, ABOUT, False) as fd:
+            size = os.fstat(fd).st_size
+            if size > _MOST_ABOUT_BYTES:
+                raise BadRun(f"{ABOUT} is too large", file=ABOUT, do="take another checkpoint")
+            data = read_exactly(fd, size, 0, ABOUT)
+        try:
+            document = strictjson.loads(data, floats=True)
+        except strictjson.Malformed as error:
+            raise BadRun(f"{ABOUT} is malformed: {error}", file=ABOUT, do="take another checkpoint") from None
+        if not isinstance(document, dict) or document.get("step") != checkpoint.step:
+            raise BadRun(f"{ABOUT} is not of this step", file=ABOUT, do="take another checkpoint")
+        files = document.get("files")
+        for name, size in (files if isinstance(files, dict) else {}).items():
+            path = os.path.join(checkpoint.path, os.path.basename(name))
+            if not os.path.isfile(path) or os.path.getsize(path) != size:
+                raise BadRun(
+                    "a file of the checkpoint is not as it was written",
+                    file=printable(name),
+                    expected=f"{size} bytes",
+                    do="take another checkpoint, or a copy of this one",
+                )
+        return document
+
+    def read(self, checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Fill tensors in place, all of them and no others. raises BadRun, BadDcp, Usage, Environment"""
+        about = self.about(checkpoint)
+        reader = DirectoryReader(checkpoint.path)
+        stored = set(reader.read_metadata().state_dict_metadata)
+        if stored != tensors.keys() or reader.others:
+            more, less = sorted(stored - tensors.keys()), sorted(tensors.keys() - stored)
+            raise BadRun(
+                "the checkpoint holds other tensors than this training has",
+                file=checkpoint.path,
+                expected=f"{len(tensors):,} tensors" + (f", among them {less[0]!r}" if less else ""),
+                found=f"{len(stored):,}" + (f", among them {printable(more[0])!r}" if more else ""),
+                do="go on with the recipe that it was made by",
+            )
+        try:
+            load(dict(tensors), storage_reader=reader, no_dist=True)
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from None
+        return about
+
+    def keep(self, count: int) -> None:
+        """Remove all but the newest checkpoints. raises Environment"""
+        with _errors(self.path):
+            for checkpoint in self.checkpoints()[:-count]:
+                # out of sight first, so that it is never half there
+                gone = os.path.join(os.path.dirname(checkpoint.path), f".step-{checkpoint.step}.old")
+                os.rename(checkpoint.path, gone)
+                shutil.rmtree(gone)
+
+    # ---- everything else
+
+    def publish(self, name: str, data: bytes) -> None:
+        """A small file, whole or not at all."""
+        temporary = os.path.join(self.path, f".{name}.tmp")
+        with _errors(self.path):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            _write(temporary, data)
+            os.rename(temporary, os.path.join(self.path, name))
+            sync_directory(self.path)
+
+    def require_same_recipe(self, document: Mapping[str, Any], free: frozenset[str]) -> None:
+        """Compare the recipe with the one that the run began with, if it has begun.
+
+        free     keys that may change: "part.key", or a whole "part"
+        raises   Usage, BadRun, Environment
+        """
+        path = os.path.join(self.path, RECIPE)
+        if not os.path.lexists(path):
+            return
+        with _errors(self.path), open(path, "rb") as file:
+            data = file.read(_MOST_ABOUT_BYTES)
+        try:
+            before = strictjson.loads(data, floats=True)
+        except strictjson.Malformed as error:
+            raise BadRun(
+                f"{RECIPE} is malformed: {error}", file=RECIPE, do="name another train.run"
+            ) from None
+        now = json.loads(_json(document))
+        for part in sorted({*now, *before}):
+            for key in sorted({*now.get(part, {}), *before.get(part, {})}):
+                one, other = before.get(part, {}).get(key), now.get(part, {}).get(key)
+                if one != other and not {part, f"{part}.{key}"} & free:
+                    raise Usage(
+                        f"{part}.{key} is not what this run began with",
+                        file=RECIPE,
+                        expected=json.dumps(one)[:80],
+                        found=json.dumps(other)[:80],
+                        do="put it back to go on, or name another train.run",
+                    )
+
+    def write_recipe(self, document: Mapping[str, Any]) -> None:
+        """The recipe that the run goes on with. raises Environment"""
+        self.publish(RECIPE, _json(document))
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop lines of steps from `step` on, which are to be made again."""
+        path = os.path.join(self.path, METRICS)
+        if not os.path.lexists(path):
+            return
+        with _errors(self.path), open(path, "rb") as file:
+            lines = file.read().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) < step]
+        self.publish(METRICS, b"".join(kept))
+
+    def add_metrics(self, document: Mapping[str, Any]) -> None:
+        """One more line."""
+        line = json.dumps(document, allow_nan=False).encode() + b"\n"
+        with _errors(self.path):
+            fd = os.open(
+                os.path.join(self.path, METRICS), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666
+            )
+            try:
+                write_all(fd, line)
+            finally:
+                os.close(fd)
+
+    def _remove_unfinished(self) -> None:
+        below = os.path.join(self.path, CHECKPOINTS)
+        for name in os.listdir(below):
+            if name.startswith(".step-"):
+                shutil.rmtree(os.path.join(below, name))
+
+
+def _step_of(line: bytes) -> int:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return 2**63
+    return step if type(step) is int else 2**63
+
+
+def _json(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, indent=2, sort_keys=True).encode() + b"\n"
+
+
+def _write(path: str, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        write_all(fd, data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Environment(
+            f"cannot use the run's directory: {os.strerror(error.errno or 5)}",
+            file=os.path.basename(path),
+            do="check space and permissions; the same command continues from the last whole checkpoint",
+        ) from None

@@ -1,0 +1,363 @@
+"""The training loop: rows in, steps, checkpoints and metrics out.  Start here to read the trainer.
+
+Owns what a step is and in which order things happen to a run; losses, optimizers, data and files have modules of their
+own.  A step is a pure function of the state and its number, so that a run that is stopped anywhere ends in the same
+weights as one that is not.
+Source: paper sec. 4.2 (losses and their weights).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dsv4ckpt.errors import Diverged, Interrupted, Usage
+from dsv4ckpt.stop import StopFlag
+
+from . import learning, losses, recipe
+from .config import Config
+from .corpus import Corpus, read_corpus
+from .loading import load, surveyed
+from .losses import IGNORED
+from .model import Model, dtype_of, initialize
+from .moe import Router
+from .recipe import Kind, Recipe, Train
+from .rows import Batch, Rows
+from .runs import BadRun, RunDirectory
+from .simulate import Simulation
+from .tokenizer import Tokenizer
+
+_FREE = frozenset(
+    {"log", "checkpoint", "train.steps", "train.micro_rows", "train.run"}
+)  # may change within a run
+
+
+class Sums(NamedTuple):
+    """What the losses add up to, over tokens."""
+
+    loss: float = 0.0
+    mtp: float = 0.0
+    balance: float = 0.0  # of the mean router that learns
+
+
+class Counts(NamedTuple):
+    """Over how many tokens."""
+
+    tokens: int  # that are learned
+    mtp_tokens: int
+    all_tokens: int  # but padding
+
+
+class Step(NamedTuple):
+    """What came of a step: means over the tokens of the global batch."""
+
+    step: int  # counted from 0
+    loss: float
+    mtp_loss: float
+    balance: float
+    lr: float
+    grad_norm: float
+    tokens: int  # that were learned
+    seconds: float
+    load: dict[str, float]  # of each router: the busiest expert's tokens over the mean
+
+    def document(self) -> dict[str, Any]:
+        document = self._asdict()
+        return {**document, "tokens_per_second": round(self.tokens / max(self.seconds, 1e-9), 3)}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run."""
+
+    first_step: int  # that this call made
+    num_steps: int  # in all
+    last: Step | None  # None: the run was complete
+    eval_loss: float | None
+
+
+class Trainer:
+    """Everything that a step needs. Made from a recipe; holds model, optimizers and rows."""
+
+    def __init__(self, made: Recipe) -> None:
+        """Read data and model. raises whatever reading them raises, before the first step"""
+        self.recipe = made
+        found, self.config = surveyed(made.model.source)
+        if made.data.length > self.config.max_positions:
+            raise Usage(
+                "data.length is longer than the model's positions allow",
+                expected=f"at most {self.config.max_positions:,}",
+                found=f"{made.data.length:,}",
+                do="take shorter rows",
+            )
+        tokenizer = None if made.data.kind is Kind.TOKENS else Tokenizer.open(found.checkpoint.directory)
+        self.corpus = read_corpus(made.data.files, made.data, tokenizer, self.config.vocab)
+        self.rows = self._rows_of(self.corpus)
+        self.eval_rows: Rows | None = None
+        if made.data.eval_files:
+            self.eval_rows = self._rows_of(
+                read_corpus(made.data.eval_files, made.data, tokenizer, self.config.vocab)
+            )
+        self.model = _model_of(made, self.config)
+        self.parameters = _learners(self.model, made)
+        self.optimizers = learning.optimizers_of(self.parameters, made.optimizer, made.lr)
+        self._routers = {
+            name: module for name, module in self.model.named_modules() if isinstance(module, Router)
+        }
+        self._num_choosing = max(1, sum(not router.hashes for router in self._routers.values()))
+
+    def _rows_of(self, corpus: Corpus) -> Rows:
+        data, seed = self.recipe.data, self.recipe.train.seed
+        chosen = seed if data.shuffle else None
+        return Rows(corpus.documents, data.length, pack=data.pack, seed=chosen, end_id=self.config.eos)
+
+    @property
+    def data_sha256(self) -> str:
+        """Of every token, in order: another file under the same name is other data."""
+        digest = hashlib.sha256()
+        for document in self.corpus.documents:
+            digest.update(len(document).to_bytes(8, "little") + document.ids.tobytes() + document.counted)
+        return digest.hexdigest()
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that a checkpoint holds. Filling them in place continues a run."""
+        if self.recipe.train.what is Train.LORA:
+            model: Mapping[str, Tensor] = self.parameters
+        else:
+            model = self.model.state_dict()
+        tensors = {f"model.{name}": tensor.detach() for name, tensor in model.items()}
+        optim = learning.optimizer_tensors(self.parameters, self.optimizers)
+        return tensors | {f"optim.{name}": tensor for name, tensor in optim.items()}
+
+    # ---- a step
+
+    def step(self, number: int) -> Step:
+        """One optimizer step. raises Diverged, with model and optimizers as they were"""
+        began, train = time.perf_counter(), self.recipe.train
+        first = number * train.rows
+        batches = [
+            self.rows.batch(begin, train.micro_rows)
+            for begin in range(first, first + train.rows, train.micro_rows)
+        ]
+        counts = _counts(batches)
+        learning.zero_grad(self.parameters.values())
+        loads = {
+            name: torch.zeros(router.weight.shape[0], dtype=torch.int64)
+            for name, router in self._routers.items()
+        }
+        sums = Sums()
+        for batch in batches:
+            sums = Sums(*map(sum, zip(sums, self._backward(batch, counts, loads), strict=True)))
+        norm = float(learning.clip(self.parameters.values(), self.recipe.optimizer.clip))
+        means = _means(sums, counts)
+        if not all(torch.isfinite(torch.tensor([*means, norm]))):
+            learning.zero_grad(self.parameters.values())
+            raise self._diverged(number, means, norm)
+        lr = learning.rate(number, train.steps, self.recipe.optimizer, self.recipe.lr)
+        learning.set_rate(self.optimizers, lr)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        learning.zero_grad(self.parameters.values())
+        self._move_biases(loads)
+        load = {name: float(load.max() / load.float().mean().clamp(min=1)) for name, load in loads.items()}
+        return Step(number, *means, lr, norm, counts.tokens, time.perf_counter() - began, load)
+
+    def _backward(self, batch: Batch, counts: Counts, loads: dict[str, Tensor]) -> Sums:
+        """Gradients of one micro-batch's share of the global means."""
+        part = self.recipe.loss
+        with self._tapped() as routed:
+            main, mtp = self._sums(batch)
+        loss, documents = main / max(1, counts.tokens), _across_rows(batch.documents)
+        if mtp is not None and part.mtp:
+            loss = loss + mtp * (part.mtp / max(1, counts.mtp_tokens))
+        balance = torch.zeros(())
+        for name, calls in routed.items():
+            for scores, ids in calls:
+                loads[name] += ids[documents >= 0].flatten().bincount(minlength=len(loads[name]))
+                if part.balance and not self._routers[name].hashes:
+                    balance = balance + losses.balance(scores, ids, documents)
+        if part.balance:
+            loss = loss + balance * (part.balance / max(1, counts.all_tokens))
+        loss.backward()
+        mean_balance = float(balance.detach()) / self._num_choosing
+        return Sums(float(main.detach()), 0.0 if mtp is None else float(mtp.detach()), mean_balance)
+
+    def _sums(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Cross entropies of the next token and of the one after it, summed over the tokens that are learned."""
+        hidden, mtp_hidden = self.model.hidden(batch.ids, batch.next_ids, batch.documents)
+        head = self.model.lm_head.weight
+        main = losses.linear_cross_entropy(hidden.flatten(0, 1), head, batch.targets.flatten())
+        if mtp_hidden is None:
+            return main, None
+        return main, losses.linear_cross_entropy(mtp_hidden.flatten(0, 1), head, batch.targets_mtp.flatten())
+
+    @contextlib.contextmanager
+    def _tapped(self) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
+        """What the routers say while the block runs; what backward computes again is not heard."""
+        heard: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self._routers}
+
+        def listener(name: str) -> Callable[[Tensor, Tensor], None]:
+            return lambda scores, ids: heard[name].append((scores, ids))
+
+        for name, router in self._routers.items():
+            router.tap = listener(name)
+        try:
+            yield heard
+        finally:
+            for router in self._routers.values():
+                router.tap = None
+
+    @torch.no_grad()
+    def _move_biases(self, loads: Mapping[str, Tensor]) -> None:
+        step = self.recipe.loss.bias_update
+        for name, router in self._routers.items() if step else ():
+            if not router.hashes:
+                router.e_score_correction_bias += losses.bias_steps(loads[name], step)
+
+    def _diverged(self, number: int, means: tuple[float, ...], norm: float) -> Diverged:
+        first = number * self.recipe.train.rows
+        epoch, row = self.rows.epoch_of(first)
+        return Diverged(
+            "the loss or a gradient is not finite",
+            expected="finite numbers",
+            found=f"loss {means[0]}, MTP loss {means[1]}, balance {means[2]}, gradient norm {norm} in step {number:,}: "
+            f"rows {row:,} to {row + self.recipe.train.rows - 1:,} of epoch {epoch}",
+            do="the last checkpoint is untouched: lower optimizer.lr or clip harder, and go on in another train.run",
+        )
+
+    @torch.no_grad()
+    def evaluate(self, stop: StopFlag) -> float | None:
+        """Mean loss over every document of data.eval_files, once; None without them. raises Interrupted"""
+        if self.eval_rows is None:
+            return None
+        total, tokens = 0.0, 0
+        for number in range(self.eval_rows.per_epoch):
+            stop.check()
+            batch = self.eval_rows.batch(number, 1)
+            total += float(self._sums(batch)[0])
+            tokens += int((batch.targets != IGNORED).sum())
+        return total / max(1, tokens)
+
+
+def train(
+    trainer: Trainer,
+    stop: StopFlag,
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> Outcome:
+    """Carry a run to its end, from its newest checkpoint if it has one.
+
+    on_step  called after each step
+    raises   Interrupted after a signal, with a checkpoint of the last whole step; Diverged, Busy, BadRun, Environment
+    """
+    made = trainer.recipe
+    run = RunDirectory(made.train.run)
+    with run.locked():
+        document = recipe.document_of(made)
+        run.require_same_recipe(document, _FREE)
+        about = {"data_sha256": trainer.data_sha256}
+        first = _continued(trainer, run, about)
+        run.write_recipe(document)
+        run.cut_metrics(first)
+        step: Step | None = None
+        for number in range(first, made.train.steps):
+            step = trainer.step(number)
+            line = step.document()
+            every, done = made.log.eval_every, number + 1
+            if every and done % every == 0 and done < made.train.steps:
+                line["eval_loss"] = trainer.evaluate(stop)
+            if done % made.log.every == 0 or done == made.train.steps:
+                run.add_metrics(line)
+            on_step(step)
+            due = made.checkpoint.every and done % made.checkpoint.every == 0
+            if due or done == made.train.steps or stop.signal_number:
+                run.write(done, trainer.state(), about)
+                run.keep(made.checkpoint.keep)
+            if stop.signal_number:
+                raise Interrupted(stop.signal_number)
+        return Outcome(first, made.train.steps, step, trainer.evaluate(stop) if step else None)
+
+
+def _continued(trainer: Trainer, run: RunDirectory, about: Mapping[str, Any]) -> int:
+    """Fill the state from the newest checkpoint. Returns the step to make next. raises BadRun, Usage"""
+    known = run.checkpoints()
+    if not known:
+        return 0
+    found = run.about(known[-1])
+    if found.get("data_sha256") != about["data_sha256"]:
+        raise Usage(
+            "the data is not what this run began with",
+            file=known[-1].path,
+            do="put the files back to go on, or name another train.run",
+        )
+    if known[-1].step > trainer.recipe.train.steps:
+        raise BadRun(
+            "the run has gone further than train.steps",
+            expected=f"at most {trainer.recipe.train.steps:,} steps",
+            found=f"{known[-1].step:,}",
+            do="ask for more steps, or name another train.run",
+        )
+    run.read(known[-1], trainer.state())
+    return known[-1].step
+
+
+# ---- model and learners
+
+
+def _model_of(made: Recipe, config: Config) -> Model:
+    part = made.model
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[part.dtype]
+    simulation = Simulation(experts_fp4=made.train.qat)
+    if not part.initialize:
+        packed = part.experts == "packed"
+        return load(part.source, dtype, "packed" if packed else "dense", simulation=simulation).train()
+    model = Model(config, simulation)
+    initialize(model, torch.Generator().manual_seed(made.train.seed))
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtype_of(name, dtype))
+    return model.train()
+
+
+def _learners(model: nn.Module, made: Recipe) -> dict[str, nn.Parameter]:
+    if made.train.what is Train.LORA:
+        from . import adapters
+
+        return adapters.attach(model, made.lora, torch.Generator().manual_seed(made.train.seed))
+    standard = {item.name: item.default for item in recipe.every_key()}[
+        "train.freeze"
+    ]  # a model may have no indexer
+    learning.freeze(model, made.train.freeze, optional=standard)
+    return learning.learning(model)
+
+
+# ---- sums
+
+
+def _counts(batches: list[Batch]) -> Counts:
+    """Tokens of the global batch."""
+    return Counts(
+        tokens=sum(int((batch.targets != IGNORED).sum()) for batch in batches),
+        mtp_tokens=sum(int((batch.targets_mtp != IGNORED).sum()) for batch in batches),
+        all_tokens=sum(int((batch.documents >= 0).sum()) for batch in batches),
+    )
+
+
+def _means(sums: Sums, counts: Counts) -> tuple[float, float, float]:
+    return (
+        sums.loss / max(1, counts.tokens),
+        sums.mtp / max(1, counts.mtp_tokens),
+        sums.balance / max(1, counts.all_tokens),
+    )
+
+
+def _across_rows(documents_BS: Tensor) -> Tensor:
+    """Numbers of the documents of all rows, [B * S], each its own; padding stays below 0."""
+    most = documents_BS.shape[1]
+    row = torch.arange(len(documents_BS))[:, None] * most
+    return torch.where(documents_BS >= 0, documents_BS + row, -1).flatten()
