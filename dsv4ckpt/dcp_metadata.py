@@ -144,7 +144,7 @@ def parse_metadata(data: bytes, file_sizes: Mapping[str, int]) -> DcpContents:
     raises  BadDcp: not what torch's planner and FileSystemWriter write; chunks that do not tile their tensor; a place
             outside its file, or that overlaps another
     planner_data and storage_meta are for torch's loader: nothing follows from them here. Takes time and memory in
-    proportion to the size of the data: 13 times its bytes for what torch writes, 22 at worst.
+    proportion to the size of the data: 13 times its bytes for what torch writes, 25 at worst.
     """
     if len(data) > formats.MAX_DCP_METADATA_BYTES:
         limit = f"at most {formats.MAX_DCP_METADATA_BYTES:,} bytes"
@@ -152,7 +152,7 @@ def parse_metadata(data: bytes, file_sizes: Mapping[str, int]) -> DcpContents:
     try:
         whole = pickled.loads(data, _KNOWN)
     except pickled.Malformed as error:
-        _refuse(f"as a pickle it is malformed: {error}")
+        _refuse(f"its pickle is not one that torch writes: {error}")
     fields = _fields(whole, _METADATA)
     entries, storage = fields.get("state_dict_metadata"), fields.get("storage_data")
     if type(entries) is not dict or type(storage) is not dict:

@@ -55,13 +55,20 @@ class Persistent:
     id: object
 
 
+def call_args(value: object, of: Global, num_args: int) -> tuple[object, ...] | None:
+    """The arguments, if a value is a call of this function or class with so many; else None."""
+    if type(value) is not Made or value.of is not of or not value.called or value.state is not None:
+        return None
+    return value.args if len(value.args) == num_args else None
+
+
 def loads(data: bytes, known: Iterable[Global], *, with_persistent: bool = False) -> object:
     """Read a pickle of None, booleans, integers, texts, tuples, lists, dicts, and these globals.
 
     returns  the value, with Global, Made and Persistent for what is none of the above; parts may be shared or contain
              themselves. Keys of dicts are texts or Made, which are equal only to themselves
     raises   Malformed
-    Time and memory are linear in the size of the data.
+    Time and memory are linear in the size of the data: 10 times as many bytes for torch's metadata, 23 at worst.
     """
     return _Machine(data, {(item.module, item.name): item for item in known}, with_persistent).run()
 
@@ -254,8 +261,8 @@ class _Machine:
         self.below.append(self.stack)
         self.stack = []
 
-    def memoize(self) -> None:
-        self.remember(len(self.memo))
+    def memoize(self) -> None:  # the most frequent one, before get_1
+        self.memo.append(self.stack[-1])
 
     def put_1(self) -> None:
         self.remember(self.number(1))
@@ -264,7 +271,8 @@ class _Machine:
         self.remember(self.number(4))
 
     def get_1(self) -> None:
-        self.stack.append(self.memo[self.number(1)])
+        self.stack.append(self.memo[self.data[self.position]])
+        self.position += 1
 
     def get_4(self) -> None:
         self.stack.append(self.memo[self.number(4)])

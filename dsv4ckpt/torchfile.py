@@ -113,15 +113,6 @@ class Frame(NamedTuple):
         return len(self.prefix) + self.values_bytes + self.suffix_bytes
 
 
-def is_count(value: object) -> TypeGuard[int]:
-    """Whether what a pickle tells is a number of elements or bytes, and no boolean."""
-    return type(value) is int and 0 <= value <= formats.MAX_COUNT
-
-
-def is_shape(value: object) -> TypeGuard[Shape]:
-    return type(value) is tuple and len(value) <= formats.MAX_RANK and all(map(is_count, value))
-
-
 def _strides(shape: Shape) -> Shape:
     """Of a contiguous tensor, in elements."""
     return tuple(
@@ -174,7 +165,7 @@ def _tensor_pickle(dtype: str, shape: Shape) -> bytes:
 
 def _local(record: _Record, num_padding: int | None = None) -> bytes:
     """The header before a record's bytes. Its last field is padding, up to the alignment if it is not told."""
-    name, wide = record.name.encode(), _wide(record)
+    name, wide = record.name.encode(), _wide(record, 0)
     position = record.offset + _LOCAL.size + len(name) + len(wide) + _PADDING.size
     num_padding = -position % ALIGNMENT if num_padding is None else num_padding
     padding = _PADDING.pack(b"FB", num_padding) + b"Z" * num_padding
@@ -182,9 +173,9 @@ def _local(record: _Record, num_padding: int | None = None) -> bytes:
     return _LOCAL.pack(*fields) + name + wide + padding
 
 
-def _wide(record: _Record) -> bytes:
-    """The extra field with what does not fit 32 bits; empty where all does."""
-    numbers = [record.size] * 2 if record.size >= _MOST_32 else []
+def _wide(record: _Record, packed: int) -> bytes:
+    """The extra field with what does not fit 32 bits; empty where all does. packed: the size after compression"""
+    numbers = [record.size, packed] if record.size >= _MOST_32 else []
     numbers += [record.offset] if record.offset >= _MOST_32 else []
     return struct.pack(f"<2H{len(numbers)}Q", _ZIP64_EXTRA, 8 * len(numbers), *numbers) if numbers else b""
 
@@ -197,12 +188,12 @@ def _descriptor(record: _Record) -> bytes:
     """What follows a record's bytes, if it has any."""
     if not record.size:
         return b""
-    layout = "<4sI2Q" if _wide(record) else "<4s3I"
+    layout = "<4sI2Q" if _wide(record, record.size) else "<4s3I"
     return struct.pack(layout, _DESCRIPTOR_SIGNATURE, record.crc32, record.size, record.size)
 
 
 def _central(record: _Record) -> bytes:
-    name, wide = record.name.encode(), _wide(record)
+    name, wide = record.name.encode(), _wide(record, record.size)
     size, offset = min(record.size, _MOST_32), min(record.offset, _MOST_32)
     lengths = (len(name), len(wide), 0, 0, 0)
     fields = (
@@ -253,6 +244,16 @@ _KNOWN = (
 )  # fmt: skip
 
 
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether what a pickle tells is a number of elements or bytes, and no boolean."""
+    return type(value) is int and 0 <= value <= formats.MAX_COUNT
+
+
+def is_shape(value: object) -> TypeGuard[Shape]:
+    """The same of a shape, or of offsets or strides."""
+    return type(value) is tuple and len(value) <= formats.MAX_RANK and all(map(is_count, value))
+
+
 class Saved(NamedTuple):
     """What a record holds. begin: where its values begin, in bytes from its own begin"""
 
@@ -288,9 +289,7 @@ def read_saved(read: Callable[[int, int], bytes], size: int) -> Saved:
             raise Malformed(f"its {name} is not {wanted!r}")
     dtype, shape = _told(_content(records[_PICKLE], begins[_PICKLE], piece))
     if records[_VALUES].size != formats.stored_bytes(dtype, shape):
-        raise Malformed(
-            f"its values have {records[_VALUES].size:,} bytes, which {dtype} {list(shape)} has not"
-        )
+        raise Malformed(f"{dtype} {list(shape)} has not the {records[_VALUES].size:,} bytes of its values")
     return Saved(dtype, shape, begins[_VALUES])
 
 
@@ -352,7 +351,7 @@ def _begins(records: Mapping[str, _Record], directory: int, piece: _Piece) -> di
     position = 0
     for name, record in records.items():
         extra_bytes = _LOCAL.unpack(piece(position, _LOCAL.size))[-1]
-        num_padding = extra_bytes - len(_wide(record)) - _PADDING.size
+        num_padding = extra_bytes - len(_wide(record, 0)) - _PADDING.size
         header, descriptor = _local(record, max(0, num_padding)), _descriptor(record)
         found[name] = position + len(header)
         end = found[name] + record.size

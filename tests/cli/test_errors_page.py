@@ -112,6 +112,13 @@ def _(at: Path, stack: contextlib.ExitStack) -> str:
     return TO_BF16
 
 
+@provokes(errors.BadDcp)
+def _(at: Path, stack: contextlib.ExitStack) -> str:
+    (at / "dcp").mkdir()
+    (at / "dcp" / ".metadata").write_bytes(b"\x80\x04cos\nsystem\n(X\x04\0\0\0exittR.")
+    return "reshard dcp out --to safetensors --like flash"
+
+
 @provokes(errors.BadIndex)
 def _(at: Path, stack: contextlib.ExitStack) -> str:
     wrong = tiny.shard_of(at / "flash", "embed.weight").name
