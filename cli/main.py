@@ -28,7 +28,9 @@ _VERBS = {
     "sample": "Write a small random checkpoint in a released layout.",
     "inspect": "Say what a checkpoint is, and what is wrong with it.",
     "convert": "Convert a checkpoint: streamed, resumable, bit for bit.",
-    "reshard": "Write a checkpoint as torch DCP loads it.",
+    "reshard": "Write a checkpoint as torch DCP loads it, or a DCP directory as a checkpoint.",
+    "finetune": "Train a model by a recipe, from released weights on.",
+    "export": "Write what a run has trained as a servable checkpoint.",
     "verify": "Prove that a checkpoint is complete and right.",
     "dump": "Run the model once and write its intermediate tensors.",
     "parity": "Compare two dumps and find the first divergence.",
@@ -98,6 +100,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
 def _run(arguments: list[str]) -> NoReturn:
     # torch says this at import where numpy is not installed; we do without it
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    # and this of every checkpoint that one process saves alone
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     code = _carried_out(arguments)
     if code and place_in_job().size > 1:
         # threads of the process group may wait for a meeting that never comes, and the interpreter for them

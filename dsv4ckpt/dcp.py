@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 
 from . import boxes, probe
 from .boxes import Run
+from .dcp_writer import ReleaseWriter as ReleaseWriter
 from .errors import NotConform, Usage
 from .formats import QUANTS, Kind, Shape, Storage
 from .inventory import Layout, Logical, Part, Stored, lay_out

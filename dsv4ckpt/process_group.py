@@ -35,18 +35,26 @@ class GroupRanks(Ranks):
         """As Ranks says."""
         stop.check()
         pause = threading.Event()
-        try:
+        with noticed(self.size, "the same command continues: files that are finished stay"):
             work = dist.barrier(self._group, async_op=True)  # type: ignore[attr-defined]
             while not work.is_completed():
                 pause.wait(_LOOK_SECONDS)
                 stop.check()
             work.wait()
-        except RuntimeError:  # what gloo raises for a closed connection
-            raise Environment(
-                "another rank is gone",
-                expected=f"{self.size} ranks",
-                do="see what that rank said; the same command continues: files that are finished stay",
-            ) from None
+
+
+@contextlib.contextmanager
+def noticed(size: int, then: str) -> Iterator[None]:
+    """Whatever torch raises when one of `size` ranks is gone. `then`: what the user can do. raises Environment"""
+    try:
+        yield
+    except RuntimeError as error:  # what gloo raises for a closed connection, and NCCL for any error
+        raise Environment(
+            "another rank is gone",
+            expected=f"{size} ranks",
+            found=str(error).partition("\n")[0][:200],
+            do=f"see what that rank said; {then}",
+        ) from None
 
 
 @contextlib.contextmanager

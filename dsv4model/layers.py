@@ -44,22 +44,38 @@ class Linear(Module):
     """x @ weight.T; weight [out, in], no bias: V4 has none.
 
     prepare  what the reference's inference does to the inputs first (simulate.py)
+    adapter  what is added, made of the same inputs (adapters.py)
     """
+
+    adapter: nn.Module | None
 
     def __init__(self, in_features: int, out_features: int, prepare: Prepare | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.prepare = prepare
+        self.register_module("adapter", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x if self.prepare is None else self.prepare(x), self.weight)
+        x = x if self.prepare is None else self.prepare(x)
+        out = self.product(x)
+        return out if self.adapter is None else out + self.adapter(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The inputs times the weight."""
+        return self.times(x, self.weight)
+
+    @staticmethod
+    def times(x: Tensor, weight: Tensor) -> Tensor:
+        """How inputs are multiplied with a matrix [out, in] in this layer's place."""
+        return F.linear(x, weight)
 
 
 class GroupedLinear(Linear):
     """As many linear layers as groups, side by side: x [..., G, in] -> [..., G, out / G]; weight [out, in]."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight_GOI = self.weight.unflatten(0, (x.shape[-2], -1))
+    @staticmethod
+    def times(x: Tensor, weight: Tensor) -> Tensor:
+        weight_GOI = weight.unflatten(0, (x.shape[-2], -1))
         flat_GTI = x.flatten(0, -3).transpose(0, 1)
         return (flat_GTI @ weight_GOI.mT).transpose(0, 1).unflatten(0, x.shape[:-2])
 
@@ -67,8 +83,9 @@ class GroupedLinear(Linear):
 class WideLinear(Linear):
     """The same computed in float32 and returned so, with the weight stored as it is."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear_wide(x, self.weight)
+    @staticmethod
+    def times(x: Tensor, weight: Tensor) -> Tensor:
+        return linear_wide(x, weight)
 
 
 class RMSNorm(Module):

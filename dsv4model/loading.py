@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from dsv4ckpt.errors import NotConform, Usage
-from dsv4ckpt.formats import QUANTS, Kind, Quant, Storage, spans
+from dsv4ckpt.formats import QUANTS, Kind, Quant, Storage
+from dsv4ckpt.held import same_bytes, twins
 from dsv4ckpt.inventory import Layout, Stored, lay_out
 from dsv4ckpt.names import Namespace
-from dsv4ckpt.source import Landing, Reader, open_checkpoint
+from dsv4ckpt.source import open_checkpoint
 from dsv4ckpt.survey import Survey
 from dsv4ckpt.survey import survey as survey_of
 from dsv4ckpt.values import Values
@@ -29,8 +30,6 @@ from .packed import SCALES, pack_modules
 from .simulate import Simulation
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
-_COPY_BYTES = 4 * 1024 * 1024
-_TWINS = {"emb.tok_emb.weight": "embed.weight", "head.weight": "head.weight"}  # what Base repeats below mtp.0
 
 
 def load(
@@ -156,31 +155,6 @@ def unused_tensors(found: Survey, layout: Layout, wanted: Container[str]) -> tup
     """Released names of the tensors that no parameter takes, sorted."""
     names = (logical.name for logical in found.logicals)
     return tuple(sorted(name for name in names if layout.weights[name][0] not in wanted))
-
-
-def twins(unused: tuple[str, ...]) -> dict[str, str]:
-    """Of those, which are meant to repeat a tensor that is used."""
-    return {
-        name: _TWINS[name.split(".", 2)[2]]
-        for name in unused
-        if name.startswith("mtp.") and name.split(".", 2)[2] in _TWINS
-    }
-
-
-def same_bytes(found: Survey, reader: Reader, one: str, other: str) -> bool:
-    """Whether two released tensors that are stored as they are hold the same."""
-    layout, tensors = found.layout, found.checkpoint.tensors
-    names = [layout.weights[name][0] for name in (one, other)]
-    sizes = {tensors[name].entry.end - tensors[name].entry.begin for name in names}
-    landings = Landing(), Landing()
-    for offset, count in spans(max(sizes), _COPY_BYTES):
-        pieces = (
-            torch.frombuffer(reader.read(name, offset, count, landing), dtype=torch.uint8)
-            for name, landing in zip(names, landings, strict=True)
-        )
-        if not torch.equal(*pieces):
-            return False
-    return True
 
 
 # ---- one parameter

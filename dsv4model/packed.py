@@ -24,7 +24,7 @@ from dsv4ckpt.formats import E8M0_BIAS, FP4_GRID, Quant, Shape, block_rows_of, c
 from dsv4ckpt.roundtrip import chunks, decoded_rows
 
 from .layers import GroupedLinear, Linear, Module
-from .moe import Experts, Pairs, routed
+from .moe import Experts, Pairs, adapted, routed
 
 SCALES = "_scale_inv"  # what transformers appends to a matrix's name; all scales mean "multiply by"
 
@@ -184,10 +184,10 @@ class PackedLinear(Linear):
     def __init__(self, dense: Linear, quant: Quant) -> None:
         Module.__init__(self)  # not Linear's, which makes a parameter
         self.prepare, self.quant = dense.prepare, quant
+        self.register_module("adapter", None)
         _register(self, "weight", (), tuple(dense.weight.shape), quant)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x if self.prepare is None else self.prepare(x)
+    def product(self, x: Tensor) -> Tensor:
         out = product(x.flatten(0, -2), self.weight, self.weight_scale_inv, self.quant)
         return out.unflatten(0, x.shape[:-1])
 
@@ -195,7 +195,7 @@ class PackedLinear(Linear):
 class PackedGroupedLinear(PackedLinear, GroupedLinear):
     """A GroupedLinear of the same kind."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         flat_GTC = x.flatten(0, -3).transpose(0, 1)
         out_GTR = product(flat_GTC, self.weight, self.weight_scale_inv, self.quant)
         return out_GTR.transpose(0, 1).unflatten(0, x.shape[:-2])
@@ -216,6 +216,8 @@ class PackedExperts(Experts):
                 do='load with experts="dense", or leave experts_fp4 off',
             )
         experts, rows, hidden = dense.gate_up_proj.shape
+        self.register_module("gate_up_adapter", None)
+        self.register_module("down_adapter", None)
         _register(self, "gate_up_proj", (experts,), (rows // 2, hidden), quant, 2)
         _register(self, "down_proj", (experts,), (hidden, rows // 2), quant)
 
@@ -233,7 +235,8 @@ class PackedExperts(Experts):
             return product_by_expert(x_NC, self.down_proj, self.down_proj_scale_inv, ends, self.quant, 1)
 
         prepare = self.simulation.prepare
-        return routed(x_TH, pairs, weights_TK, up, down, self.limit, prepare, keeps_inner=True)
+        both = adapted(up, self.gate_up_adapter), adapted(down, self.down_adapter)
+        return routed(x_TH, pairs, weights_TK, *both, self.limit, prepare, keeps_inner=True)
 
 
 def pack_modules(model: Module, quants: dict[str, Quant]) -> None:

@@ -60,6 +60,7 @@ class ModelPart:
 
     source: str = key("checkpoint to start from, in any storage format", unit="path")
     dtype: str = key("of weights that are trained: float32, or bfloat16 for the memory", "float32")
+    device: str = key("cpu or cuda", "cpu")
     experts: str = key("packed: routed experts and dense matrices stay FP4 and FP8; goes with lora", "dense")
     initialize: bool = key("start from random weights of the source's config instead of its tensors", False)
 
@@ -199,6 +200,11 @@ def every_key() -> Iterator[Told]:
             yield Told(f"{part.name}.{item.name}", item.default, item.metadata["unit"], item.metadata["why"])
 
 
+def default_of(name: str) -> Any:
+    """What a key is if nobody says."""
+    return next(told.default for told in every_key() if told.name == name)
+
+
 def read_recipe(data: bytes, changes: Sequence[str] = ()) -> Recipe:
     """A recipe from a TOML file's bytes, and key=value after it.
 
@@ -215,6 +221,11 @@ def read_recipe(data: bytes, changes: Sequence[str] = ()) -> Recipe:
         raise Usage(f"the recipe is no TOML: {error}", do="mend it there") from None
     for change in changes:
         _apply(document, change)
+    return read_document(document)
+
+
+def read_document(document: Mapping[str, Any]) -> Recipe:
+    """A recipe from its tables. raises Usage"""
     parts = {}
     for name in document:
         if name not in _names(Recipe):
@@ -334,6 +345,7 @@ def _require_sound(recipe: Recipe) -> None:
     """What each number may be, and what goes together. raises Usage"""
     model, train, data = recipe.model, recipe.train, recipe.data
     _require_one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
+    _require_one_of("model.device", model.device, ("cpu", "cuda"))
     _require_one_of("model.experts", model.experts, ("dense", "packed"))
     _require_one_of("data.too_long", data.too_long, ("split", "cut", "skip", "refuse"))
     _require_one_of("data.bad_lines", data.bad_lines, ("refuse", "skip"))

@@ -31,6 +31,9 @@ class Batch(NamedTuple):
     targets: Tensor  # int64 [B, S] the token after each, where it is learned; else IGNORED
     targets_mtp: Tensor  # int64 [B, S] the one after that
 
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(tensor.to(device) for tensor in self))
+
 
 def order_of(count: int, seed: int, epoch: int) -> list[int]:
     """A permutation of range(count) that is the same everywhere."""

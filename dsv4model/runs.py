@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from dsv4ckpt import strictjson
 from dsv4ckpt.contained import opened
 from dsv4ckpt.dcp_reader import DirectoryReader
-from dsv4ckpt.errors import Busy, Dsv4Error, Environment, Usage, printable
+from dsv4ckpt.errors import Busy, Dsv4Error, Environment, MissingFile, Usage, printable
 from dsv4ckpt.outdir import make_directory, sync_directory, write_all
 from dsv4ckpt.shard import read_exactly
 
@@ -185,17 +185,9 @@ class RunDirectory:
         free     keys that may change: "part.key", or a whole "part"
         raises   Usage, BadRun, Environment
         """
-        path = os.path.join(self.path, RECIPE)
-        if not os.path.lexists(path):
+        if not os.path.lexists(os.path.join(self.path, RECIPE)):
             return
-        with _errors(self.path), open(path, "rb") as file:
-            data = file.read(_MOST_ABOUT_BYTES)
-        try:
-            before = strictjson.loads(data, floats=True)
-        except strictjson.Malformed as error:
-            raise BadRun(
-                f"{RECIPE} is malformed: {error}", file=RECIPE, do="name another train.run"
-            ) from None
+        before = self.recipe()
         now = json.loads(_json(document))
         for part in sorted({*now, *before}):
             for key in sorted({*now.get(part, {}), *before.get(part, {})}):
@@ -208,6 +200,25 @@ class RunDirectory:
                         found=json.dumps(other)[:80],
                         do="put it back to go on, or name another train.run",
                     )
+
+    def recipe(self) -> dict[str, Any]:
+        """The recipe that the run was made by, with every default. raises MissingFile, BadRun, Environment"""
+        path = os.path.join(self.path, RECIPE)
+        if not os.path.isfile(path):
+            raise MissingFile(
+                "this is no run's directory", file=RECIPE, do="name the directory that train.run named"
+            )
+        with _errors(self.path), open(path, "rb") as file:
+            data = file.read(_MOST_ABOUT_BYTES)
+        try:
+            document = strictjson.loads(data, floats=True)
+        except strictjson.Malformed as error:
+            raise BadRun(
+                f"{RECIPE} is malformed: {error}", file=RECIPE, do="name another train.run"
+            ) from None
+        if not isinstance(document, dict) or not all(isinstance(part, dict) for part in document.values()):
+            raise BadRun(f"{RECIPE} holds no recipe", file=RECIPE, do="name another train.run")
+        return document
 
     def write_recipe(self, document: Mapping[str, Any]) -> None:
         """The recipe that the run goes on with. raises Environment"""

@@ -1,22 +1,17 @@
 """Model -> checkpoint: a durable directory in any storage and either namespace, by the machinery that converts files.
 
-Owns what a model's checkpoint is compared with and when a directory may be written; the bytes are dsv4ckpt's.
+Owns what a model may be saved like; everything else is dsv4ckpt's.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 from dataclasses import replace
-from enum import StrEnum
-from typing import NoReturn, TypeVar
 
-from dsv4ckpt import formats, original, outdir, plan, probe, run, sidecar
-from dsv4ckpt.errors import Dsv4Error, ForeignOutput, NotConform, NotFinite, Usage
-from dsv4ckpt.formats import OUR_NAMES, WORK_NAME, Storage, Target
-from dsv4ckpt.names import Namespace
-from dsv4ckpt.original import Original
-from dsv4ckpt.plan import ConvertOptions, ScalePolicy
+from dsv4ckpt import export, formats, plan
+from dsv4ckpt.errors import NotConform
+from dsv4ckpt.export import Path
+from dsv4ckpt.formats import Storage
 from dsv4ckpt.run import Summary
 from dsv4ckpt.survey import Survey
 from dsv4ckpt.survey import survey as survey_of
@@ -24,9 +19,6 @@ from dsv4ckpt.survey import survey as survey_of
 from .loading import surveyed
 from .memory import checkpoint_of, packed_storage
 from .model import Model
-
-Path = str | os.PathLike[str]
-_Word = TypeVar("_Word", bound=StrEnum)
 
 
 def save(
@@ -61,61 +53,23 @@ def save(
     raises           Usage, ForeignOutput, NotConform before anything is written; NotFinite, NotLossless,
                      VanishingChange, NoSpace, Environment
     """
-    options = ConvertOptions(
-        target=_one_of(Target, to, "to"),
-        namespace=_one_of(Namespace, names, "names"),
+    options = export.options_of(
+        to=to,
+        names=names,
+        source=source,
         max_shard_bytes=max_shard_bytes,
-        scale_policy=_one_of(ScalePolicy, scale_policy, "scale_policy"),
+        scale_policy=scale_policy,
         allow_lossy=allow_lossy,
     )
-    if source is not None and options.target is not Target.NATIVE:
-        raise Usage('source= goes with to="native"', do="leave it out")
     path = os.fspath(path)
-    _require_new(path)
+    export.require_new(path)
     found = _same_model(model, like)
     storage = formats.storage_of(options.target, found.identity.release.storage)
     shown = storage if storage is packed_storage(model) else Storage.BF16
-    # codes that are copied under other names have nothing to ask a release about
-    is_asked = shown is not storage or options.namespace is Namespace.DEEPSEEK
-    known = _original(found, source) if options.target is Target.NATIVE and is_asked else None
+    known = export.original_of(options, shown, found, surveyed(source)[0] if source is not None else None)
     checkpoint = checkpoint_of(model, found, shown)
     made = plan.make_plan(survey_of(checkpoint), options, known)
-    was_there, is_ours = probe.is_directory(path), False
-
-    def on_event(event: run.Event) -> None:
-        nonlocal is_ours
-        is_ours = is_ours or isinstance(event, run.Started)
-
-    try:
-        return run.execute(
-            made, checkpoint, path, num_workers=num_workers, accept_changes=True, on_event=on_event
-        )
-    except NotFinite as error:
-        _refuse_not_finite(error)
-    finally:
-        if is_ours and not probe.is_there(os.path.join(path, formats.MANIFEST_NAME)):
-            _discard(path, made, was_there=was_there)
-
-
-def _one_of(words: type[_Word], given: str, what: str) -> _Word:
-    if given not in [word.value for word in words]:
-        raise Usage(
-            f"{what}= names nothing that can be written",
-            expected=", ".join(word.value for word in words),
-            found=repr(given),
-            do="choose one of these",
-        )
-    return words(given)
-
-
-def _require_new(path: str) -> None:
-    """raises ForeignOutput: a model's values cannot be told apart, so nothing that lies there is continued"""
-    if probe.is_directory(path) and os.listdir(path):
-        raise ForeignOutput(
-            "the output directory is not empty",
-            found=repr(path),
-            do="save into a new directory, or remove this one first",
-        )
+    return export.write(made, checkpoint, path, num_workers=num_workers)
 
 
 def _same_model(model: Model, like: Path) -> Survey:
@@ -132,39 +86,3 @@ def _same_model(model: Model, like: Path) -> Survey:
             do="name the checkpoint that the model was loaded from",
         )
     return found
-
-
-def _original(like: Survey, source: Path | None) -> Original | None:
-    """What untouched values are told by. raises NotConform, BadSidecar"""
-    if source is not None:
-        return original.of_source(surveyed(source)[0])
-    if like.identity.storage is like.identity.release.storage:
-        return original.of_source(like)
-    found = sidecar.open_sidecar(like.checkpoint.directory)
-    return original.of_sidecar(found) if found else None
-
-
-def _refuse_not_finite(error: NotFinite) -> NoReturn:
-    raise NotFinite(
-        error.what,
-        found=error.facts.get("found"),
-        do="a training run that diverged leaves such values; go back to a state from before",
-    ) from None
-
-
-def _discard(path: str, made: plan.Plan, *, was_there: bool) -> None:
-    """Remove what a failed save finished: nobody can continue it. Our claim goes last, so that nobody comes between."""
-    if probe.is_real_directory(os.path.join(path, WORK_NAME)):
-        names = [*(file.name for file in made.files), *(name for name, _, _ in made.copied), *made.written]
-        folders = {os.path.dirname(name) for name in names} - {""}
-        for name in (*names, *OUR_NAMES):
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(path, name))
-        for folder in sorted(folders, reverse=True):
-            with contextlib.suppress(OSError):
-                os.rmdir(os.path.join(path, folder))
-        with contextlib.suppress(Dsv4Error):  # the first error is the one to tell
-            outdir.remove_leftovers(path)
-    if not was_there:
-        with contextlib.suppress(OSError):
-            os.rmdir(path)

@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dsv4ckpt.errors import Diverged, Interrupted, Usage
 from dsv4ckpt.stop import StopFlag
+from dsv4ckpt.survey import Survey
 
 from . import learning, losses, recipe
 from .config import Config
 from .corpus import Corpus, read_corpus
+from .generate import device_of
 from .loading import load, surveyed
 from .losses import IGNORED
 from .model import Model, dtype_of, initialize
@@ -65,12 +66,7 @@ class Step(NamedTuple):
     lr: float
     grad_norm: float
     tokens: int  # that were learned
-    seconds: float
     load: dict[str, float]  # of each router: the busiest expert's tokens over the mean
-
-    def document(self) -> dict[str, Any]:
-        document = self._asdict()
-        return {**document, "tokens_per_second": round(self.tokens / max(self.seconds, 1e-9), 3)}
 
 
 @dataclass(frozen=True)
@@ -83,28 +79,43 @@ class Outcome:
     eval_loss: float | None
 
 
+class Data(NamedTuple):
+    """What is learned, and what is only looked at."""
+
+    corpus: Corpus
+    rows: Rows
+    eval_rows: Rows | None
+
+
+def read_data(made: Recipe, found: Survey, config: Config) -> Data:
+    """Read and tokenise the files of a recipe. raises Usage, MissingFile, BadLine, BadTokenizer, Environment"""
+    part = made.data
+    if part.length > config.max_positions:
+        raise Usage(
+            "data.length is longer than the model's positions allow",
+            expected=f"at most {config.max_positions:,}",
+            found=f"{part.length:,}",
+            do="take shorter rows",
+        )
+    tokenizer = None if part.kind is Kind.TOKENS else Tokenizer.open(found.checkpoint.directory)
+    seed = made.train.seed if part.shuffle else None
+
+    def rows_of(corpus: Corpus) -> Rows:
+        return Rows(corpus.documents, part.length, pack=part.pack, seed=seed, end_id=config.eos)
+
+    corpus = read_corpus(part.files, part, tokenizer, config.vocab)
+    unseen = read_corpus(part.eval_files, part, tokenizer, config.vocab) if part.eval_files else None
+    return Data(corpus, rows_of(corpus), rows_of(unseen) if unseen else None)
+
+
 class Trainer:
     """Everything that a step needs. Made from a recipe; holds model, optimizers and rows."""
 
     def __init__(self, made: Recipe) -> None:
         """Read data and model. raises whatever reading them raises, before the first step"""
-        self.recipe = made
+        self.recipe, self.device = made, device_of(made.model.device)
         found, self.config = surveyed(made.model.source)
-        if made.data.length > self.config.max_positions:
-            raise Usage(
-                "data.length is longer than the model's positions allow",
-                expected=f"at most {self.config.max_positions:,}",
-                found=f"{made.data.length:,}",
-                do="take shorter rows",
-            )
-        tokenizer = None if made.data.kind is Kind.TOKENS else Tokenizer.open(found.checkpoint.directory)
-        self.corpus = read_corpus(made.data.files, made.data, tokenizer, self.config.vocab)
-        self.rows = self._rows_of(self.corpus)
-        self.eval_rows: Rows | None = None
-        if made.data.eval_files:
-            self.eval_rows = self._rows_of(
-                read_corpus(made.data.eval_files, made.data, tokenizer, self.config.vocab)
-            )
+        self.corpus, self.rows, self.eval_rows = read_data(made, found, self.config)
         self.model = _model_of(made, self.config)
         self.parameters = _learners(self.model, made)
         self.optimizers = learning.optimizers_of(self.parameters, made.optimizer, made.lr)
@@ -112,11 +123,6 @@ class Trainer:
             name: module for name, module in self.model.named_modules() if isinstance(module, Router)
         }
         self._num_choosing = max(1, sum(not router.hashes for router in self._routers.values()))
-
-    def _rows_of(self, corpus: Corpus) -> Rows:
-        data, seed = self.recipe.data, self.recipe.train.seed
-        chosen = seed if data.shuffle else None
-        return Rows(corpus.documents, data.length, pack=data.pack, seed=chosen, end_id=self.config.eos)
 
     @property
     def data_sha256(self) -> str:
@@ -140,16 +146,16 @@ class Trainer:
 
     def step(self, number: int) -> Step:
         """One optimizer step. raises Diverged, with model and optimizers as they were"""
-        began, train = time.perf_counter(), self.recipe.train
+        train = self.recipe.train
         first = number * train.rows
         batches = [
-            self.rows.batch(begin, train.micro_rows)
+            self.rows.batch(begin, train.micro_rows).to(self.device)
             for begin in range(first, first + train.rows, train.micro_rows)
         ]
         counts = _counts(batches)
         learning.zero_grad(self.parameters.values())
         loads = {
-            name: torch.zeros(router.weight.shape[0], dtype=torch.int64)
+            name: torch.zeros(len(router.weight), dtype=torch.int64, device=self.device)
             for name, router in self._routers.items()
         }
         sums = Sums()
@@ -167,7 +173,7 @@ class Trainer:
         learning.zero_grad(self.parameters.values())
         self._move_biases(loads)
         load = {name: float(load.max() / load.float().mean().clamp(min=1)) for name, load in loads.items()}
-        return Step(number, *means, lr, norm, counts.tokens, time.perf_counter() - began, load)
+        return Step(number, *means, lr, norm, counts.tokens, load)
 
     def _backward(self, batch: Batch, counts: Counts, loads: dict[str, Tensor]) -> Sums:
         """Gradients of one micro-batch's share of the global means."""
@@ -177,7 +183,7 @@ class Trainer:
         loss, documents = main / max(1, counts.tokens), _across_rows(batch.documents)
         if mtp is not None and part.mtp:
             loss = loss + mtp * (part.mtp / max(1, counts.mtp_tokens))
-        balance = torch.zeros(())
+        balance = torch.zeros((), device=self.device)
         for name, calls in routed.items():
             for scores, ids in calls:
                 loads[name] += ids[documents >= 0].flatten().bincount(minlength=len(loads[name]))
@@ -240,7 +246,7 @@ class Trainer:
         total, tokens = 0.0, 0
         for number in range(self.eval_rows.per_epoch):
             stop.check()
-            batch = self.eval_rows.batch(number, 1)
+            batch = self.eval_rows.batch(number, 1).to(self.device)
             total += float(self._sums(batch)[0])
             tokens += int((batch.targets != IGNORED).sum())
         return total / max(1, tokens)
@@ -249,11 +255,13 @@ class Trainer:
 def train(
     trainer: Trainer,
     stop: StopFlag,
-    on_step: Callable[[Step], None] = lambda step: None,
+    on_step: Callable[[Step, float], None] = lambda step, seconds: None,
+    clock: Callable[[], float] = lambda: 0.0,
 ) -> Outcome:
     """Carry a run to its end, from its newest checkpoint if it has one.
 
-    on_step  called after each step
+    on_step  called after each step, with the seconds that it took
+    clock    tells seconds
     raises   Interrupted after a signal, with a checkpoint of the last whole step; Diverged, Busy, BadRun, Environment
     """
     made = trainer.recipe
@@ -267,14 +275,16 @@ def train(
         run.cut_metrics(first)
         step: Step | None = None
         for number in range(first, made.train.steps):
+            began = clock()
             step = trainer.step(number)
-            line = step.document()
+            seconds = clock() - began
+            line = {**step._asdict(), "seconds": round(seconds, 6)}
             every, done = made.log.eval_every, number + 1
             if every and done % every == 0 and done < made.train.steps:
                 line["eval_loss"] = trainer.evaluate(stop)
             if done % made.log.every == 0 or done == made.train.steps:
                 run.add_metrics(line)
-            on_step(step)
+            on_step(step, seconds)
             due = made.checkpoint.every and done % made.checkpoint.every == 0
             if due or done == made.train.steps or stop.signal_number:
                 run.write(done, trainer.state(), about)
@@ -316,12 +326,13 @@ def _model_of(made: Recipe, config: Config) -> Model:
     simulation = Simulation(experts_fp4=made.train.qat)
     if not part.initialize:
         packed = part.experts == "packed"
-        return load(part.source, dtype, "packed" if packed else "dense", simulation=simulation).train()
+        experts: Literal["dense", "packed"] = "packed" if packed else "dense"
+        return load(part.source, dtype, experts, part.device, simulation).train()
     model = Model(config, simulation)
     initialize(model, torch.Generator().manual_seed(made.train.seed))
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtype_of(name, dtype))
-    return model.train()
+    return model.to(part.device).train()
 
 
 def _learners(model: nn.Module, made: Recipe) -> dict[str, nn.Parameter]:
@@ -329,10 +340,9 @@ def _learners(model: nn.Module, made: Recipe) -> dict[str, nn.Parameter]:
         from . import adapters
 
         return adapters.attach(model, made.lora, torch.Generator().manual_seed(made.train.seed))
-    standard = {item.name: item.default for item in recipe.every_key()}[
-        "train.freeze"
-    ]  # a model may have no indexer
-    learning.freeze(model, made.train.freeze, optional=standard)
+    learning.freeze(
+        model, made.train.freeze, optional=recipe.default_of("train.freeze")
+    )  # there may be no indexer
     return learning.learning(model)
 
 
@@ -359,5 +369,5 @@ def _means(sums: Sums, counts: Counts) -> tuple[float, float, float]:
 def _across_rows(documents_BS: Tensor) -> Tensor:
     """Numbers of the documents of all rows, [B * S], each its own; padding stays below 0."""
     most = documents_BS.shape[1]
-    row = torch.arange(len(documents_BS))[:, None] * most
+    row = torch.arange(len(documents_BS), device=documents_BS.device)[:, None] * most
     return torch.where(documents_BS >= 0, documents_BS + row, -1).flatten()

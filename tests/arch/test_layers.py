@@ -64,7 +64,7 @@ MAY_IMPORT = {
     "original": {"config", "contained", "errors", "formats", "shard", "sidecar", "survey"},
     "pickled": set[str](),
     "torchfile": {"formats", "pickled"},
-    "dcp_metadata": {"formats", "pickled"},
+    "dcp_metadata": {"errors", "formats", "pickled", "torchfile"},
     "dcp_layout": {"dcp_metadata", "formats", "inventory", "steps", "torchfile"},
     "steps": {"errors", "formats", "inventory", "shard", "source", "survey", "torchfile"},
     "oids": {"contained", "errors", "formats", "probe", "stop", "strictjson", "verify"},
@@ -94,12 +94,23 @@ MAY_NOT_IMPORT = {
     "dcp": {"compare", "decode_plain", "sample", "verify"},
     "dcp_writer": {"codec", "compare", "decode_plain", "encode", "outdir", "sample", "verify", "work"},
     "export": {"codec", "compare", "decode_plain", "encode", "sample", "verify", "work"},
+    "dcp_reader": {
+        "compare",
+        "decode_plain",
+        "outdir",
+        "plan",
+        "run",
+        "sample",
+        "survey",
+        "values",
+        "verify",
+    },
     "dcp_source": {"compare", "decode_plain", "outdir", "plan", "run", "sample", "values", "verify"},
 }
 COMPUTE = {  # these may load torch, all others may not
-    "codec", "dcp", "dcp_source", "dcp_writer", "decode_plain", "desk", "encode", "exchange", "export", "held",
-    "inputs", "process_group", "prove", "recast", "requantize",
-    "roundtrip", "run", "sample", "threads", "values", "work",
+    "codec", "dcp", "dcp_reader", "dcp_source", "dcp_writer", "decode_plain", "desk", "encode", "exchange", "export",
+    "held", "inputs", "process_group", "prove", "recast", "requantize", "roundtrip", "run", "sample", "threads",
+    "values", "work",
 }  # fmt: skip
 
 

@@ -85,6 +85,20 @@ HOSTILE = {
     "deep": attack(b"(" * 1000),
     "doubling": attack(b")", b"2\x86" * 60),
     "many lists": attack(b"(" + b"]" * 100_000 + b"t"),
+    "objects beyond its size": attack(b"](" + b"]" * 10_000 + b"e"),
+    "long text": attack(b"X\x01\0\1\0" + b"x" * 65537),
+    "integer of ten bytes": attack(b"\x8a\x0a" + bytes(10)),
+    "many marks": attack(b"(" * 65 + b"t" * 65),
+    "arguments as a list": attack(named("torch", "Size"), b"]R"),
+    "call of a tuple": attack(b"))R"),
+    "state as a list": attack(named("torch", "Size"), b")\x81]b"),
+    "open mark": attack(b"(N"),
+    "append to a tuple": attack(b")Na"),
+    "append to a dict": attack(b"}(Ne"),
+    "store in a list": attack(b"]" + text("a") + b"Ns"),
+    "odd items of a dict": attack(b"}(" + text("a") + b"u"),
+    "key twice": attack(b"}" + text("a") + b"Ns" + text("a") + b"Ns"),
+    "other first byte": b"\x00\x04N.",
     "list as a key": attack(b"}]Ns"),
     "frame too long": attack(b"\x95\xff\xff\xff\xff\xff\xff\xff\x7fN"),
     "two values": attack(b"NN"),
@@ -94,6 +108,12 @@ HOSTILE = {
     "no pickle": b"PK\x03\x04",
     "empty": b"",
 }
+
+
+def test_name_outside_the_list_is_refused_before_anything_is_done_with_it() -> None:
+    for data in (attack(named("os", "system")), b"\x80\x02cos\nsystem\n."):
+        with pytest.raises(Malformed, match="'os' 'system', which has no place there"):
+            pickled.loads(data, [POINT])
 
 
 @pytest.mark.parametrize("name", HOSTILE)

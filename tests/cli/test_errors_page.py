@@ -31,7 +31,9 @@ from dsv4cli import main as cli
 from dsv4ckpt import errors, outdir
 from dsv4ckpt.errors import Dsv4Error
 from dsv4ckpt.stop import StopFlag
+from dsv4model.corpus import BadLine
 from dsv4model.dsml import BadCompletion
+from dsv4model.runs import BadRun
 from dsv4model.tokenizer import BadTokenizer
 from dsv4model.trusted import BadEncoding
 
@@ -117,6 +119,16 @@ def _(at: Path, stack: contextlib.ExitStack) -> str:
     (at / "dcp").mkdir()
     (at / "dcp" / ".metadata").write_bytes(b"\x80\x04cos\nsystem\n(X\x04\0\0\0exittR.")
     return "reshard dcp out --to safetensors --like flash"
+
+
+@provokes(errors.Diverged)
+def _(at: Path, stack: contextlib.ExitStack) -> str:
+    (at / "ids.jsonl").write_text('{"input_ids": [7, 8, 9, 10]}\n')
+    (at / "recipe.toml").write_text(
+        '[model]\nsource = "flash"\n[train]\nrun = "run"\nsteps = 5\nrows = 1\n'
+        '[data]\nfiles = ["ids.jsonl"]\nkind = "tokens"\nlength = 64\n'
+    )
+    return "finetune recipe.toml optimizer.lr=1e30 -q"
 
 
 @provokes(errors.BadIndex)
@@ -348,6 +360,7 @@ not known.
 | 2 | the command cannot be carried out as it was put | correct it: trying again does not help |
 | 3 | the checkpoint is incomplete, broken, hostile, or would lose values | replace it: trying again does not help |
 | 4 | the machine did not let us: space, permission, I/O | make room or repair, then the same command: it continues |
+| 5 | training met a loss or a gradient that is not finite | look at data and learning rate; checkpoints are untouched |
 | 70 | a mistake of our own | report it; `-v` prints where it happened |
 | 75 | another process is writing this output | wait, or do nothing: it is being done |
 | 130, 143 | stopped by SIGINT or SIGTERM | give the same command again: it continues |
@@ -361,13 +374,14 @@ TITLES = {
     errors.EXIT_USAGE: "the command",
     errors.EXIT_BAD_INPUT: "the input",
     errors.EXIT_ENVIRONMENT: "the machine",
+    errors.EXIT_DIVERGED: "the training",
     errors.EXIT_BUSY: "somebody else",
     errors.EXIT_SIGNAL + 15: "a signal (here SIGTERM; 130 for SIGINT)",
 }
 TEXT_HEAD = """\
-## Exit 3: text
+## Exit 3: text and runs
 
-What `generate`, `dump --text` and the chat encoding refuse; `tests/model` provokes each of them.
+What `generate`, `dump --text`, the chat encoding and `finetune` refuse; `tests/model` provokes each of them.
 """
 LEAVES_NOTHING = " Nothing of the output stays, since no later run could finish it."
 
@@ -381,7 +395,7 @@ def page(all_told: list[Told]) -> str:
             if told.exit_code == code:
                 lines += section(told)
     lines.append(TEXT_HEAD)
-    for kind in (BadTokenizer, BadEncoding, BadCompletion):
+    for kind in (BadTokenizer, BadEncoding, BadCompletion, BadLine, BadRun):
         lines.append(f"- **{kind.__name__}**: {kind.__doc__}")
     return "\n".join(lines) + "\n"
 

@@ -34,6 +34,10 @@ FLAGS = {
         "--dry-run", "--allow-nan", "--prefix", "--like", "--source", "--sidecar", "--scale-policy", "--allow-lossy",
         "--follow-symlinks",
     },
+    "finetune": {"--dry-run", "--keys"},
+    "export": {
+        "--to", "--names", "--step", "--scale-policy", "--max-shard-size", "--workers", "--dry-run", "--allow-lossy",
+    },
     "dump": {"--ids", "--text", "--out", "--impl", "--dtype", "--only", "--follow-symlinks"},
     "parity": {"--atol", "--rtol", "--max-ulp"},
     "generate": {

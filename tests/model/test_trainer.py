@@ -63,7 +63,7 @@ def run_of(
     """Train; until: stop after so many steps, as a signal does."""
     trainer, stop = Trainer(made), stop or StopFlag()
 
-    def on_step(step: Step) -> None:
+    def on_step(step: Step, _: float) -> None:
         if until is not None and step.step + 1 == until:
             stop.signal_number = signal.SIGTERM
 
@@ -247,7 +247,7 @@ from dsv4ckpt.stop import StopFlag
 from dsv4model.recipe import read_recipe
 from dsv4model.trainer import Trainer, train
 made = read_recipe(sys.stdin.buffer.read())
-train(Trainer(made), StopFlag(), lambda step: step.step == 7 and os.kill(os.getpid(), signal.SIGKILL))
+train(Trainer(made), StopFlag(), lambda step, _: step.step == 7 and os.kill(os.getpid(), signal.SIGKILL))
 """
     made = make("checkpoint.every=3", run="killed")
     text = f"""
@@ -274,7 +274,7 @@ def test_loss_that_is_not_finite_stops_and_touches_nothing(make: Make) -> None:
     trainer = Trainer(made)
     poison = trainer.model.model.norm.weight
 
-    def on_step(step: Step) -> None:
+    def on_step(step: Step, _: float) -> None:
         if step.step == 2:
             with torch.no_grad():
                 poison[0] = torch.nan

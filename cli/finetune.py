@@ -1,0 +1,278 @@
+"""dsv4 finetune: a recipe into a run, told step by step."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+from tqdm import tqdm
+
+from dsv4ckpt.errors import EXIT_OK, MissingFile, Usage
+from dsv4ckpt.stop import StopFlag
+from dsv4model import recipe
+from dsv4model.recipe import MAX_RECIPE_BYTES, Recipe, Told
+
+from .common import common_options, stopping_on_signals
+from .words import Console, human, plural, table
+
+if TYPE_CHECKING:
+    from dsv4model.outlook import Outlook
+    from dsv4model.trainer import Outcome, Step, Trainer
+
+_LINE_SECONDS = 10.0
+_SHOWN_LINES = 5  # bad lines of data
+
+
+@click.command("finetune")
+@click.argument("recipe_path", metavar="RECIPE", type=click.Path(), required=False)
+@click.argument("changes", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option(
+    "--dry-run", is_flag=True, help="Say what would be trained, from headers and data; load no weights."
+)
+@click.option(
+    "--keys", "lists_keys", is_flag=True, help="List every key of a recipe: default, unit and meaning."
+)
+@common_options
+def command(
+    recipe_path: str | None, changes: tuple[str, ...], dry_run: bool, lists_keys: bool, console: Console
+) -> int:
+    """Train a model as the TOML file RECIPE says, with KEY=VALUE after it in place of what stands there.
+
+    The run's directory (train.run) gets checkpoints, metrics.jsonl and a picture of the losses. Stop it at any time:
+    SIGTERM and Ctrl-C save a checkpoint after the step at hand, and the same command continues, to the bit. A loss that
+    is not finite ends the run with exit code 5, and touches no checkpoint.
+
+    \b
+    Examples:
+      dsv4 finetune recipes/sft.toml model.source=DeepSeek-V4-Flash train.run=runs/sft data.files='["chat.jsonl"]'
+      dsv4 finetune recipes/sft.toml train.what=lora model.experts=packed --dry-run
+      dsv4 finetune --keys
+      dsv4 export runs/sft tuned --to native
+    """
+    if lists_keys:
+        return _list_keys(console)
+    if recipe_path is None:
+        raise Usage(
+            "no recipe was named",
+            do="dsv4 finetune RECIPE.toml; recipes/ has some, --keys lists what may stand there",
+        )
+    made = recipe.read_recipe(_contents(recipe_path), changes)
+    from dsv4model.loading import surveyed
+    from dsv4model.outlook import outlook
+    from dsv4model.trainer import Trainer, read_data, train
+
+    found, config = surveyed(made.model.source)
+    ahead = outlook(made, found, config)
+    if dry_run:
+        data = read_data(made, found, config)
+        _say_outlook(made, ahead, console)
+        _say_data(made, data.corpus, data.rows, console)
+        console.document(
+            {"recipe": recipe.document_of(made), **_outlook_document(ahead), **_data_document(data)}
+        )
+        console.say("nothing was loaded or written: this was a dry run")
+        return EXIT_OK
+    trainer = Trainer(made)
+    _say_outlook(made, ahead, console)
+    _say_data(made, trainer.corpus, trainer.rows, console)
+    stop = StopFlag()
+    with stopping_on_signals(stop), _Steps(trainer, console) as steps:
+        outcome = train(trainer, stop, steps, time.perf_counter)
+    curve = _draw(made)
+    _say_outcome(made, outcome, curve, console)
+    console.document(_outcome_document(made, outcome))
+    return EXIT_OK
+
+
+def _contents(path: str) -> bytes:
+    if not os.path.isfile(path):
+        raise MissingFile(
+            "there is no such recipe", found=repr(path), do="name a TOML file; recipes/ has some"
+        )
+    with open(path, "rb") as file:
+        return file.read(MAX_RECIPE_BYTES + 1)
+
+
+def _list_keys(console: Console) -> int:
+    rows = [("key", "default", "meaning")]
+    rows += [
+        (told.name, _default(told), told.why + (f" [{told.unit}]" if told.unit else ""))
+        for told in recipe.every_key()
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for row in rows:
+        console.say(f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}")
+    console.document(
+        {
+            told.name: {
+                "default": None if _is_needed(told) else told.default,
+                "needed": _is_needed(told),
+                "unit": told.unit,
+                "why": told.why,
+            }
+            for told in recipe.every_key()
+        }
+    )
+    return EXIT_OK
+
+
+def _is_needed(told: Told) -> bool:
+    return not isinstance(told.default, bool | int | float | str | tuple | None)
+
+
+def _default(told: Told) -> str:
+    if _is_needed(told):
+        return "(needed)"
+    if told.default is None:
+        return "-"
+    return json.dumps(told.default)
+
+
+# ---- what lies ahead
+
+
+def _say_outlook(made: Recipe, ahead: Outlook, console: Console) -> None:
+    console.say(f"{made.model.source} -> {made.train.run}: {made.train.what}, {plural(made.train.steps, 'step')} of "
+                f"{plural(made.train.rows, 'row')} of {made.data.length:,} tokens", bold=True)  # fmt: skip
+    rows = [("parameters", "in all", "learning", "")]
+    rows += [(group.name, f"{group.num:,}", f"{group.num_learning:,}", "") for group in ahead.groups]
+    rows.append(("together", f"{sum(group.num for group in ahead.groups):,}", f"{ahead.num_learning:,}", ""))
+    console.say(table(rows))
+    by = f"AdamW {ahead.num_learning - ahead.num_muon:,}"
+    by += f", Muon {ahead.num_muon:,}" if ahead.num_muon else ""
+    console.say(f"  optimizer {by} parameters, lr {made.lr:g}")
+    console.say(f"  memory    weights {human(ahead.weight_bytes)}, gradients {human(ahead.gradient_bytes)}, optimizer "
+                f"{human(ahead.optimizer_bytes)}; activations come on top")  # fmt: skip
+
+
+def _say_data(made: Recipe, corpus: Any, rows: Any, console: Console) -> None:
+    epochs = made.train.steps * made.train.rows / rows.per_epoch
+    console.say(f"  data      {plural(len(corpus.documents), 'document')}, {corpus.num_tokens:,} tokens of which "
+                f"{corpus.num_counted:,} are learned; {plural(rows.per_epoch, 'row')} an epoch, "
+                f"{rows.efficiency():.0%} filled; {epochs:.2g} epochs")  # fmt: skip
+    for why, count in corpus.num_left.items():
+        console.say(f"  left      {count:,} {why}")
+    for error in corpus.told[:_SHOWN_LINES]:
+        console.say(f"  left      {error.facts['file']}: {error.what}")
+    if len(corpus.told) > _SHOWN_LINES:
+        console.say(f"  left      ... and {len(corpus.told) - _SHOWN_LINES:,} more lines")
+
+
+def _outlook_document(ahead: Outlook) -> dict[str, Any]:
+    return {
+        "parameters": [group._asdict() for group in ahead.groups],
+        "learning": ahead.num_learning,
+        "muon": ahead.num_muon,
+        "bytes": {
+            "weights": ahead.weight_bytes,
+            "gradients": ahead.gradient_bytes,
+            "optimizer": ahead.optimizer_bytes,
+        },
+    }
+
+
+def _data_document(data: Any) -> dict[str, Any]:
+    corpus, rows = data.corpus, data.rows
+    return {
+        "data": {
+            "documents": len(corpus.documents),
+            "tokens": corpus.num_tokens,
+            "learned": corpus.num_counted,
+            "rows_per_epoch": rows.per_epoch,
+            "filled": rows.efficiency(),
+            "left": dict(corpus.num_left),
+            "bad_lines": [{"file": error.facts["file"], "what": error.what} for error in corpus.told],
+        }
+    }
+
+
+# ---- while it runs
+
+
+class _Steps:
+    """Told of every step: a bar on a terminal, a line every 10 s elsewhere."""
+
+    def __init__(self, trainer: Trainer, console: Console) -> None:
+        self._num, self._quiet = trainer.recipe.train.steps, console.quiet
+        self._bar: tqdm[None] | None = None
+        self._spoke = 0.0
+
+    def __call__(self, step: Step, seconds: float) -> None:
+        if self._quiet:
+            return
+        rate = step.tokens / max(seconds, 1e-9)
+        said = (
+            f"loss {step.loss:.4f}, MTP {step.mtp_loss:.4f}, norm {step.grad_norm:.3g}, {rate:,.0f} tokens/s"
+        )
+        if sys.stderr.isatty():
+            if self._bar is None:
+                self._bar = tqdm(
+                    total=self._num, initial=step.step, unit="step", dynamic_ncols=True, file=sys.stderr
+                )
+            self._bar.set_postfix_str(said, refresh=False)
+            self._bar.update()
+        elif time.monotonic() - self._spoke >= _LINE_SECONDS or step.step + 1 == self._num:
+            self._spoke = time.monotonic()
+            left = (self._num - step.step - 1) * seconds
+            print(
+                f"step {step.step + 1:,} of {self._num:,}: {said}, {left:,.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def __enter__(self) -> _Steps:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+# ---- at the end
+
+
+def _draw(made: Recipe) -> str | None:
+    """The picture of the losses, in the run's directory."""
+    from dsv4model import curve
+    from dsv4model.runs import METRICS, RunDirectory
+
+    run = RunDirectory(made.train.run)
+    path = os.path.join(made.train.run, METRICS)
+    if not os.path.isfile(path):
+        return None
+    with open(path, "rb") as file:
+        lines = [json.loads(line) for line in file]
+    if not lines:
+        return None
+    run.publish(
+        "loss.svg",
+        curve.svg(lines, f"{os.path.basename(os.path.normpath(made.train.run))}: {made.train.what}"),
+    )
+    return os.path.join(made.train.run, "loss.svg")
+
+
+def _say_outcome(made: Recipe, outcome: Outcome, curve: str | None, console: Console) -> None:
+    if outcome.last is None:
+        console.say(f"{made.train.run} was complete already: nothing to do")
+    else:
+        since = f" (continued from step {outcome.first_step:,})" if outcome.first_step else ""
+        console.say(f"step {outcome.num_steps:,} done{since}: loss {outcome.last.loss:.4f}")
+    if outcome.eval_loss is not None:
+        console.say(f"loss on data.eval_files: {outcome.eval_loss:.4f}")
+    if curve:
+        console.say(f"losses    {curve}")
+    console.say(f"next: dsv4 export {made.train.run} DST --to native")
+
+
+def _outcome_document(made: Recipe, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "run": made.train.run,
+        "first_step": outcome.first_step,
+        "steps": outcome.num_steps,
+        "last": None if outcome.last is None else outcome.last._asdict(),
+        "eval_loss": outcome.eval_loss,
+    }
