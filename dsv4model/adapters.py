@@ -185,11 +185,16 @@ def attach(model: nn.Module, part: LoraPart, generator: torch.Generator) -> dict
     made = {}
     for place in _chosen(model, part.targets):
         made[place] = adapter = place.blank(part.rank, part.alpha, dtype_in(model))
-        bound = place.shape[-1] ** -0.5
-        start = torch.empty(adapter.lora_A.shape, dtype=adapter.lora_A.dtype, device=generator.device)
-        adapter.lora_A.data.copy_(start.uniform_(-bound, bound, generator=generator))
-        adapter.lora_B.data.zero_()
+        if not adapter.lora_A.is_meta:  # there only shapes count
+            _start(adapter, generator)
     return put(model, made)
+
+
+def _start(adapter: Adapter, generator: torch.Generator) -> None:
+    lora_A, bound = adapter.lora_A.data, adapter.lora_A.shape[-1] ** -0.5
+    drawn = torch.empty(lora_A.shape, dtype=lora_A.dtype, device=generator.device)
+    lora_A.copy_(drawn.uniform_(-bound, bound, generator=generator))
+    adapter.lora_B.data.zero_()
 
 
 def dtype_in(model: nn.Module) -> torch.dtype:

@@ -97,10 +97,12 @@ def test_default_targets_fit_every_release(name: str) -> None:
         pytest.skip("dsv4model knows V4")
     with torch.device("meta"):
         model = Model(Config.read(document))
-    chosen = adapters._chosen(model, LoraPart().targets)
+    parameters = adapters.attach(model, LoraPart(), seeded())
+    assert all(parameter.is_meta for parameter in parameters.values())
     per_block = 5 + 3 + 2
     pooling = sum(ratio > 0 for ratio in model.config.compress_ratios)
-    assert len(chosen) == per_block * (model.config.num_layers + model.config.num_mtp) + 2 * pooling
+    num_adapted = per_block * (model.config.num_layers + model.config.num_mtp) + 2 * pooling
+    assert len(parameters) == 2 * num_adapted
 
 
 def test_shapes_are_those_of_the_values_even_where_codes_are_held(smallest: Path) -> None:
