@@ -184,7 +184,7 @@ MUTANTS = (
     Mutant(
         "a source that changed is refused",
         "dsv4ckpt/source.py",
-        "    if _stamp(status) != planned.stamp:\n",
+        "    if stamp(status) != planned.stamp:\n",
         "    if False:\n",
         "tests/ckpt/test_source.py",
     ),
