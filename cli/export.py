@@ -46,7 +46,9 @@ from .words import Console, Size
     help="Shards at a time; never changes bytes.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done, from headers only.")
-@click.option("--allow-lossy", is_flag=True, help="Accept that a change vanishes in quantization.")
+@click.option(
+    "--allow-lossy", is_flag=True, help="Accept that values are rounded unmeasured, or a change vanishes."
+)
 @common_options
 def command(
     run: str,
@@ -65,13 +67,16 @@ def command(
 
     RUN is the run's directory. Adapters are merged, weights are quantized and measured as they are written; what was
     not trained, MTP and all small files are the source's own, byte for byte. If quantizing would lose most of what
-    training changed, the command says so and does not finish.
+    training changed, the command says so and does not finish. Stop it at any time: the same command continues.
+
+    After train.qat the routed experts lose nothing where DST stores them as FP4; other quantized matrices that learned
+    are rounded. Formats but native and bf16 cannot be measured: what would be rounded there needs --allow-lossy.
 
     \b
     Examples:
       dsv4 export runs/sft tuned
       dsv4 export runs/sft tuned-bf16 --to bf16
-      dsv4 export runs/lora tuned --to fp8 --step 500
+      dsv4 export runs/lora tuned --to fp8 --step 500 --allow-lossy
     """
     from dsv4model import exporting
     from dsv4model.runs import RunDirectory
