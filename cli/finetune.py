@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from tqdm import tqdm
 
-from dsv4ckpt.errors import EXIT_OK, MissingFile, Usage
+from dsv4ckpt.errors import EXIT_OK, Diverged, Interrupted, MissingFile, Usage
 from dsv4ckpt.stop import StopFlag
 from dsv4model import recipe
 from dsv4model.recipe import MAX_RECIPE_BYTES, Recipe, Told
@@ -21,17 +22,21 @@ from .words import Console, human, plural, table
 
 if TYPE_CHECKING:
     from dsv4model.outlook import Outlook
+    from dsv4model.runs import RunDirectory
     from dsv4model.trainer import Outcome, Step, Trainer
 
 _LINE_SECONDS = 10.0
 _SHOWN_LINES = 5  # bad lines of data
+_CURVE = "loss.svg"
 
 
 @click.command("finetune")
 @click.argument("recipe_path", metavar="RECIPE", type=click.Path(), required=False)
 @click.argument("changes", metavar="[KEY=VALUE]...", nargs=-1)
 @click.option(
-    "--dry-run", is_flag=True, help="Say what would be trained, from headers and data; load no weights."
+    "--dry-run",
+    is_flag=True,
+    help="Say what would be trained, from headers and data; load no weights. With -v: every key.",
 )
 @click.option(
     "--keys", "lists_keys", is_flag=True, help="List every key of a recipe: default, unit and meaning."
@@ -61,8 +66,15 @@ def command(
             do="dsv4 finetune RECIPE.toml; recipes/ has some, --keys lists what may stand there",
         )
     made = recipe.read_recipe(_contents(recipe_path), changes)
+    if not os.path.isdir(made.model.source):
+        raise MissingFile(
+            "the checkpoint to start from is not there",
+            found=repr(made.model.source),
+            do="give model.source=DIR after the recipe; dsv4 sample DIR makes a small one to try",
+        )
     from dsv4model.loading import surveyed
     from dsv4model.outlook import outlook
+    from dsv4model.runs import RunDirectory
     from dsv4model.trainer import Trainer, read_data, train
 
     found, config = surveyed(made.model.source)
@@ -74,16 +86,24 @@ def command(
         console.document(
             {"recipe": recipe.document_of(made), **_outlook_document(ahead), **_data_document(data)}
         )
+        if console.verbose:
+            _say_recipe(made, console)
         console.say("nothing was loaded or written: this was a dry run")
         return EXIT_OK
     trainer = Trainer(made)
     _say_outlook(made, ahead, console)
     _say_data(made, trainer.corpus, trainer.rows, console)
-    stop = StopFlag()
+    run, stop = RunDirectory(made.train.run), StopFlag()
+    if saved := _newest(run):
+        console.say(f"  continues after step {saved:,}")
     with stopping_on_signals(stop), _Steps(trainer, console) as steps:
-        outcome = train(trainer, stop, steps, time.perf_counter)
-    curve = _draw(made)
-    _say_outcome(made, outcome, curve, console)
+        try:
+            outcome = train(trainer, stop, steps, time.perf_counter)
+        except (Interrupted, Diverged):
+            curve = _draw(made, run)
+            _say_end(run, curve, console)
+            raise
+    _say_outcome(made, outcome, steps, _draw(made, run), console)
     console.document(_outcome_document(made, outcome))
     return EXIT_OK
 
@@ -130,6 +150,13 @@ def _default(told: Told) -> str:
     if told.default is None:
         return "-"
     return json.dumps(told.default)
+
+
+def _say_recipe(made: Recipe, console: Console) -> None:
+    """Every key as it will be used, in the words of a recipe."""
+    for part, keys in recipe.document_of(made).items():
+        for name, value in keys.items():
+            console.say(f"  {part}.{name} = {'-' if value is None else json.dumps(value)}")
 
 
 # ---- what lies ahead
@@ -200,13 +227,17 @@ class _Steps:
         self._num, self._quiet = trainer.recipe.train.steps, console.quiet
         self._bar: tqdm[None] | None = None
         self._spoke = 0.0
+        self._num_made = 0
+        self.seconds = 0.0  # of all steps that were made
 
     def __call__(self, step: Step, seconds: float) -> None:
+        self._num_made += 1
+        self.seconds += seconds
         if self._quiet:
             return
-        rate = step.tokens / max(seconds, 1e-9)
         said = (
-            f"loss {step.loss:.4f}, MTP {step.mtp_loss:.4f}, norm {step.grad_norm:.3g}, {rate:,.0f} tokens/s"
+            f"loss {step.loss:.4f}, MTP {step.mtp_loss:.4f}, norm {step.grad_norm:.3g}, lr {step.lr:.3g}, "
+            f"{step.tokens / max(seconds, 1e-9):,.0f} learned tokens/s, memory {human(_peak_bytes())}"
         )
         if sys.stderr.isatty():
             if self._bar is None:
@@ -217,12 +248,9 @@ class _Steps:
             self._bar.update()
         elif time.monotonic() - self._spoke >= _LINE_SECONDS or step.step + 1 == self._num:
             self._spoke = time.monotonic()
-            left = (self._num - step.step - 1) * seconds
-            print(
-                f"step {step.step + 1:,} of {self._num:,}: {said}, {left:,.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            if num_left := self._num - step.step - 1:
+                said += f", {_lasting(num_left * self.seconds / self._num_made)} left"
+            print(f"step {step.step + 1:,} of {self._num:,}: {said}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> _Steps:
         return self
@@ -232,15 +260,32 @@ class _Steps:
             self._bar.close()
 
 
+def _peak_bytes() -> int:
+    """The most memory that this process has held, without a GPU's."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def _lasting(seconds: float) -> str:
+    """90.4 -> '90 s', 600 -> '10 min', 9000 -> '2.5 h'."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 # ---- at the end
 
 
-def _draw(made: Recipe) -> str | None:
+def _newest(run: RunDirectory) -> int:
+    """The step of the newest checkpoint; 0: there is none."""
+    return max((checkpoint.step for checkpoint in run.checkpoints()), default=0)
+
+
+def _draw(made: Recipe, run: RunDirectory) -> str | None:
     """The picture of the losses, in the run's directory."""
     from dsv4model import curve
-    from dsv4model.runs import METRICS, RunDirectory
+    from dsv4model.runs import METRICS
 
-    run = RunDirectory(made.train.run)
     path = os.path.join(made.train.run, METRICS)
     if not os.path.isfile(path):
         return None
@@ -248,24 +293,31 @@ def _draw(made: Recipe) -> str | None:
         lines = [json.loads(line) for line in file]
     if not lines:
         return None
-    run.publish(
-        "loss.svg",
-        curve.svg(lines, f"{os.path.basename(os.path.normpath(made.train.run))}: {made.train.what}"),
-    )
-    return os.path.join(made.train.run, "loss.svg")
+    name = os.path.basename(os.path.normpath(made.train.run))
+    run.publish(_CURVE, curve.svg(lines, f"{name}: {made.train.what}"))
+    return os.path.join(made.train.run, _CURVE)
 
 
-def _say_outcome(made: Recipe, outcome: Outcome, curve: str | None, console: Console) -> None:
+def _say_end(run: RunDirectory, curve: str | None, console: Console) -> None:
+    """Of a run that did not come to its last step."""
+    saved = _newest(run)
+    console.say(f"checkpoint of step {saved:,} is saved" if saved else "there is no checkpoint yet")
+    if curve:
+        console.say(f"losses    {curve}")
+
+
+def _say_outcome(made: Recipe, outcome: Outcome, steps: _Steps, curve: str | None, console: Console) -> None:
     if outcome.last is None:
         console.say(f"{made.train.run} was complete already: nothing to do")
     else:
-        since = f" (continued from step {outcome.first_step:,})" if outcome.first_step else ""
-        console.say(f"step {outcome.num_steps:,} done{since}: loss {outcome.last.loss:.4f}")
+        since = f" from step {outcome.first_step:,}" if outcome.first_step else ""
+        console.say(f"step {outcome.num_steps:,} done{since} in {_lasting(steps.seconds)}, at most "
+                    f"{human(_peak_bytes())} of memory: loss {outcome.last.loss:.4f}")  # fmt: skip
     if outcome.eval_loss is not None:
         console.say(f"loss on data.eval_files: {outcome.eval_loss:.4f}")
     if curve:
         console.say(f"losses    {curve}")
-    console.say(f"next: dsv4 export {made.train.run} DST --to native")
+    console.say(f"next: dsv4 export {made.train.run} DST")
 
 
 def _outcome_document(made: Recipe, outcome: Outcome) -> dict[str, Any]:
