@@ -298,6 +298,7 @@ def _as(wanted: Any, value: Any) -> Any:
     if type(None) in arguments:
         return None if value is None else _as(arguments[0], value)
     if typing.get_origin(wanted) is tuple:
+        value = [value] if isinstance(value, str) and arguments[-1] is ... else value  # one is a list of one
         kinds = arguments[:1] * len(value) if arguments[-1] is ... and isinstance(value, list) else arguments
         if not isinstance(value, list | tuple) or len(kinds) != len(value):
             return MISSING

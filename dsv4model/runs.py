@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from dsv4ckpt import strictjson
 from dsv4ckpt.contained import opened
 from dsv4ckpt.dcp_reader import DirectoryReader
-from dsv4ckpt.errors import Busy, Dsv4Error, Environment, MissingFile, Usage, printable
+from dsv4ckpt.errors import Busy, Dsv4Error, Environment, ForeignOutput, MissingFile, Usage, printable
 from dsv4ckpt.outdir import make_directory, sync_directory, write_all
 from dsv4ckpt.shard import read_exactly
 
@@ -65,6 +65,13 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Make the directory if need be, and keep other trainers out. raises Busy, Environment"""
         with _errors(self.path):
+            names = set(os.listdir(self.path)) if os.path.isdir(self.path) else set()
+            if RECIPE not in names and names - {_LOCK, CHECKPOINTS}:
+                raise ForeignOutput(
+                    "the run's directory holds something else",
+                    file=os.path.basename(os.path.normpath(self.path)),
+                    do="name a new directory as train.run, or the one of a run to continue",
+                )
             make_directory(os.path.join(self.path, CHECKPOINTS))
             fd = os.open(os.path.join(self.path, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:

@@ -233,8 +233,8 @@ class Trainer:
         return Diverged(
             "the loss or a gradient is not finite",
             expected="finite numbers",
-            found=f"loss {means[0]}, MTP loss {means[1]}, balance {means[2]}, gradient norm {norm} in step {number:,}: "
-            f"rows {row:,} to {row + self.recipe.train.rows - 1:,} of epoch {epoch}",
+            found=f"loss {means[0]}, MTP loss {means[1]}, balance {means[2]}, gradient norm {norm} in step "
+            f"{number + 1:,}: rows {row:,} to {row + self.recipe.train.rows - 1:,} of epoch {epoch}",
             do="the last checkpoint is untouched: lower optimizer.lr or clip harder, and go on in another train.run",
         )
 
@@ -274,14 +274,13 @@ def train(
         run.write_recipe(document)
         run.cut_metrics(first)
         step: Step | None = None
+        eval_loss: float | None = None
         for number in range(first, made.train.steps):
             began = clock()
             step = trainer.step(number)
             seconds = clock() - began
             line = {**step._asdict(), "seconds": round(seconds, 6)}
-            every, done = made.log.eval_every, number + 1
-            if every and done % every == 0 and done < made.train.steps:
-                line["eval_loss"] = trainer.evaluate(stop)
+            done = number + 1
             if done % made.log.every == 0 or done == made.train.steps:
                 run.add_metrics(line)
             on_step(step, seconds)
@@ -291,7 +290,11 @@ def train(
                 run.keep(made.checkpoint.keep)
             if stop.signal_number:
                 raise Interrupted(stop.signal_number)
-        return Outcome(first, made.train.steps, step, trainer.evaluate(stop) if step else None)
+            every, is_last = made.log.eval_every, done == made.train.steps
+            if trainer.eval_rows and (is_last or (every and done % every == 0)):
+                eval_loss = trainer.evaluate(stop)
+                run.add_metrics({"step": number, "eval_loss": eval_loss})
+        return Outcome(first, made.train.steps, step, eval_loss)
 
 
 def _continued(trainer: Trainer, run: RunDirectory, about: Mapping[str, Any]) -> int:

@@ -45,6 +45,7 @@ def test_changes_come_after_the_file_and_are_toml_or_texts() -> None:
     assert made.optimizer.kind is Optimizer.MUON
     assert made.optimizer.betas == (0.8, 0.9)
     assert made.model.initialize is False
+    assert read_recipe(LEAST, ["data.files=one.jsonl"]).data.files == ("one.jsonl",)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def test_unknown_key_is_answered_with_the_nearest(change: str, near: str) -> Non
     "change",
     [
         "train.steps=many", "train.steps=1.5", "train.steps=true", "train.what=half", "model.source=3",
-        "data.files=chat.jsonl", "data.files=[1]", "optimizer.betas=[0.9]", "data.pack=1", "optimizer.lr=[]",
+        "data.files=3", "data.files=[1]", "optimizer.betas=[0.9]", "data.pack=1", "optimizer.lr=[]",
     ],
 )  # fmt: skip
 def test_value_of_the_wrong_kind_says_what_it_should_be(change: str) -> None:

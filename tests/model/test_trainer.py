@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 
-from dsv4ckpt.errors import Busy, Diverged, Dsv4Error, Interrupted, Usage
+from dsv4ckpt.errors import Busy, Diverged, Dsv4Error, ForeignOutput, Interrupted, Usage
 from dsv4ckpt.stop import StopFlag
 from dsv4model.losses import IGNORED
 from dsv4model.recipe import Recipe, read_recipe
@@ -282,7 +282,7 @@ def test_loss_that_is_not_finite_stops_and_touches_nothing(make: Make) -> None:
     with pytest.raises(Diverged) as caught:
         train(trainer, StopFlag(), on_step)
     assert caught.value.exit_code == 5
-    assert "step 3" in str(caught.value.facts["found"]) and "rows 12 to 15" in str(
+    assert "step 4" in str(caught.value.facts["found"]) and "rows 12 to 15" in str(
         caught.value.facts["found"]
     )
     assert [found.step for found in RunDirectory(made.train.run).checkpoints()] == [2]
@@ -349,6 +349,33 @@ def test_checkpoint_that_is_not_whole_is_refused(how: str, begun: Recipe, make: 
 def test_two_trainers_do_not_share_a_directory(begun: Recipe) -> None:
     with RunDirectory(begun.train.run).locked():
         refused(Busy, begun)
+
+
+def test_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(ForeignOutput), RunDirectory(str(tmp_path)).locked():
+        pass
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+@pytest.mark.slow
+def test_loss_on_unseen_data_is_told_and_changes_nothing(make: Make, data: Path) -> None:
+    extra = [f'data.eval_files=["{data}"]', "log.eval_every=4"]
+    looked, outcome = run_of(make(*extra, run="looked"))
+    plain, _ = run_of(make(run="plain"))
+    told = {line["step"]: line["eval_loss"] for line in metrics(make(run="looked")) if "eval_loss" in line}
+    assert list(told) == [3, 7, 9]
+    assert outcome is not None and outcome.eval_loss == told[9] < told[3]
+    assert same(weights(looked), weights(plain)) == []
+    unseen, rows = looked.eval_rows, looked.rows
+    assert unseen is not None
+    batch = unseen.batch(0, rows.per_epoch)
+    with torch.no_grad():
+        logits = looked.model(batch.ids, batch.next_ids, batch.documents).logits
+    wanted = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED
+    )
+    assert outcome.eval_loss == pytest.approx(float(wanted), rel=1e-5)
 
 
 def test_checkpoint_is_never_written_over(tmp_path: Path) -> None:
