@@ -57,7 +57,8 @@ def shell(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def losses_of(run: Path, key: str = "loss") -> list[float]:
-    return [json.loads(line)[key] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
 
 
 def lines_of(svg: Path) -> list[int]:
@@ -359,10 +360,11 @@ def test_json_is_one_document_and_quiet_says_nothing(
     document = done.document
     assert document.keys() == {"run", "first_step", "steps", "last", "eval_loss"}
     assert document["last"]["loss"] == losses_of(written.parent / "run")[-1]
+    assert document["eval_loss"] == losses_of(written.parent / "run", "eval_loss")[-1]
     assert math.isfinite(document["eval_loss"])
     assert "step 3 of 3" in done.err
     assert "loss, unseen" in words_of(written.parent / "run/loss.svg")
-    assert lines_of(written.parent / "run/loss.svg") == [3, 3, 2]
+    assert lines_of(written.parent / "run/loss.svg") == [3, 3, 3]
     quiet = dsv4("finetune", written, "-q", f"train.run={written.parent / 'other'}")
     assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
 
