@@ -17,7 +17,7 @@ from dsv4ckpt.stop import StopFlag
 from dsv4model import recipe
 from dsv4model.recipe import MAX_RECIPE_BYTES, Recipe, Told
 
-from .common import common_options, stopping_on_signals
+from .common import common_options, ranks_of_this_job, stopping_on_signals
 from .words import Console, human, plural, table
 
 if TYPE_CHECKING:
@@ -90,21 +90,28 @@ def command(
             _say_recipe(made, console)
         console.say("nothing was loaded or written: this was a dry run")
         return EXIT_OK
-    trainer = Trainer(made)
-    _say_outlook(made, ahead, console)
-    _say_data(made, trainer.corpus, trainer.rows, console)
-    run, stop = RunDirectory(made.train.run), StopFlag()
-    if saved := _newest(run):
-        console.say(f"  continues after step {saved:,}")
-    with stopping_on_signals(stop), _Steps(trainer, console) as steps:
-        try:
-            outcome = train(trainer, stop, steps, time.perf_counter)
-        except (Interrupted, Diverged):
-            curve = _draw(made, run)
-            _say_end(run, curve, console)
-            raise
-    _say_outcome(made, outcome, steps, _draw(made, run), console)
-    console.document(_outcome_document(made, outcome))
+    with ranks_of_this_job() as ranks:
+        trainer = Trainer(made, ranks)
+        _say_outlook(made, ahead, console)
+        if ranks.size > 1:
+            console.say(
+                f"  ranks     {ranks.size:,}, each with {made.train.rows // ranks.size:,} rows of a step"
+            )
+        _say_data(made, trainer.corpus, trainer.rows, console)
+        run, stop = RunDirectory(made.train.run), StopFlag()
+        if saved := _newest(run):
+            console.say(f"  continues after step {saved:,}")
+        with stopping_on_signals(stop), _Steps(trainer, console) as steps:
+            try:
+                outcome = train(trainer, stop, steps, time.perf_counter)
+            except (Interrupted, Diverged):
+                if ranks.rank == 0:
+                    curve = _draw(made, run)
+                    _say_end(run, curve, console)
+                raise
+        if ranks.rank == 0:
+            _say_outcome(made, outcome, steps, _draw(made, run), console)
+            console.document(_outcome_document(made, outcome))
     return EXIT_OK
 
 

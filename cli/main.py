@@ -38,6 +38,7 @@ _VERBS = {
 }
 _ON_MANY_RANKS = {
     "convert",
+    "finetune",
     "reshard",
 }  # under torchrun; the others would do the same work once for each rank
 _OUR_BUG = 70

@@ -17,7 +17,7 @@ from .attend import View, attend, queries
 from .cache import LayerCache
 from .compressor import Compressor, simulated_cache
 from .config import Config
-from .layers import GroupedLinear, Linear, Module, RMSNorm, remade
+from .layers import GroupedLinear, Linear, Module, RMSNorm, anchor, remade
 from .packing import Groups, Packing
 from .rope import Turn, frequencies, rotate, turn
 from .simulate import Simulation
@@ -77,6 +77,8 @@ class Attention(Module):
             out = attend(q, keys, entries, self.sinks, setting.turn, config.norm_eps, view)
         by_group = out.flatten(2).unflatten(-1, (config.o_groups, -1))
         out = self.o_b_proj(self.o_a_proj(by_group).flatten(2))
+        if self.compressor is not None and not entries.shape[1] and torch.is_grad_enabled():
+            out = out + anchor(self.compressor, "indexer.").to(out.dtype)
         self.show("out", out)
         return out
 

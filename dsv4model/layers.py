@@ -166,6 +166,19 @@ def linear_wide(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+def anchor(module: nn.Module, but: str) -> Tensor:
+    """0, with a gradient of 0 for what learns in a module that these rows do not reach.
+
+    So a step trains the same parameters whatever its rows are, and ranks agree on which gradients there are.
+
+    but  how the names begin of what never has a gradient
+    """
+    learning = [
+        item for name, item in module.named_parameters() if item.requires_grad and not name.startswith(but)
+    ]
+    return torch.stack([item.sum() * 0 for item in learning]).sum() if learning else torch.zeros(())
+
+
 _Made = TypeVar("_Made")
 
 

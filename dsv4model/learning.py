@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dsv4ckpt.errors import Usage
 
+from .divided import is_divided, local
 from .muon import Muon, has_halves, is_for_muon
 from .recipe import Decay, Optimizer, OptimizerPart
 
@@ -132,13 +133,20 @@ def rate(step: int, num_steps: int, part: OptimizerPart, lr: float) -> float:
 
 
 @torch.no_grad()
-def clip(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
+def clip(
+    parameters: Iterable[nn.Parameter], most: float, total: Callable[[Tensor], Tensor] = lambda value: value
+) -> Tensor:
     """Scale all gradients so that their norm together is at most this; 0: only measure.
 
+    total    the sum over ranks, for gradients of which each rank has a part
     returns  the norm before, float32; not finite if a gradient is not
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
+    parts = [torch.linalg.vector_norm(local(grad), dtype=torch.float32) for grad in grads]
+    divided = [part for part, grad in zip(parts, grads, strict=True) if is_divided(grad)]
+    norms = [part for part, grad in zip(parts, grads, strict=True) if not is_divided(grad)]
+    if divided:
+        norms.append(total(torch.stack(divided).square().sum()).sqrt())
     norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
     if most:
         factor = (most / (norm + 1e-6)).clamp(max=1.0)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .divided import as_divided, whole
+
 _FAST, _SHARP = (3.4445, -4.7750, 2.0315), (2.0, -1.5, 0.5)  # coefficients of x, x x' x, x x' x x' x
 _STEPS = (_FAST,) * 8 + (_SHARP,) * 2
 UPDATE_RMS = (
@@ -77,10 +79,10 @@ class Muon(torch.optim.Optimizer):
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         momentum = self.state[parameter]["momentum"]
         momentum.mul_(group["momentum"]).add_(parameter.grad)
-        ahead = momentum * group["momentum"] + parameter.grad  # Nesterov
+        ahead = whole(momentum * group["momentum"] + parameter.grad)  # Nesterov
         matrices = ahead.unflatten(-2, (2, -1)) if group["halves"] else ahead
         scale = UPDATE_RMS * max(matrices.shape[-2:]) ** 0.5
-        step = orthogonalized(matrices).view_as(parameter)
+        step = as_divided(orthogonalized(matrices).view_as(ahead), parameter)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(step, alpha=-group["lr"] * scale)
 

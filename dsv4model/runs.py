@@ -30,7 +30,9 @@ from dsv4ckpt.contained import opened
 from dsv4ckpt.dcp_reader import DirectoryReader
 from dsv4ckpt.errors import Busy, Dsv4Error, Environment, ForeignOutput, MissingFile, Usage, printable
 from dsv4ckpt.outdir import make_directory, sync_directory, write_all
+from dsv4ckpt.ranks import ALONE, Ranks
 from dsv4ckpt.shard import read_exactly
+from dsv4ckpt.stop import StopFlag
 
 RECIPE, METRICS, CHECKPOINTS, LATEST, ABOUT = (
     "recipe.json",
@@ -56,10 +58,10 @@ class Checkpoint(NamedTuple):
 
 
 class RunDirectory:
-    """For one process that trains, or reads."""
+    """For a process that reads, or for the ranks that train: rank 0 locks it and writes what is not tensors."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, ranks: Ranks = ALONE) -> None:
+        self.path, self._ranks = path, ranks
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -100,7 +102,7 @@ class RunDirectory:
         return [Checkpoint(step, os.path.join(below, name)) for step, name in sorted(found)]
 
     def write(self, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Checkpoint:
-        """Save tensors, whole on one process. raises BadRun if the step is there already; Environment"""
+        """Save tensors, each rank its part. raises BadRun if the step is there already; Environment"""
         final = os.path.join(self.path, CHECKPOINTS, f"step-{step}")
         temporary = os.path.join(self.path, CHECKPOINTS, f".step-{step}.tmp")
         if os.path.lexists(final):
@@ -109,16 +111,22 @@ class RunDirectory:
             )
         with _errors(self.path):
             writer = FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
-            save(dict(tensors), storage_writer=writer, no_dist=True)
-            sizes = {
-                name: os.path.getsize(os.path.join(temporary, name)) for name in sorted(os.listdir(temporary))
-            }
-            _write(os.path.join(temporary, ABOUT), _json({**about, "step": step, "files": sizes}))
-            sync_directory(temporary)
-            os.rename(temporary, final)
-            sync_directory(os.path.dirname(final))
-            self.publish(LATEST, f"step-{step}\n".encode())
+            save(dict(tensors), storage_writer=writer, no_dist=self._ranks.size == 1)
+            if self._ranks.rank == 0:
+                self._publish(step, temporary, final, about)
+        self._ranks.meet(StopFlag())
         return Checkpoint(step, final)
+
+    def _publish(self, step: int, temporary: str, final: str, about: Mapping[str, Any]) -> None:
+        """All ranks have written: the checkpoint comes to its name."""
+        sizes = {
+            name: os.path.getsize(os.path.join(temporary, name)) for name in sorted(os.listdir(temporary))
+        }
+        _write(os.path.join(temporary, ABOUT), _json({**about, "step": step, "files": sizes}))
+        sync_directory(temporary)
+        os.rename(temporary, final)
+        sync_directory(os.path.dirname(final))
+        self.publish(LATEST, f"step-{step}\n".encode())
 
     def about(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """What stands beside a checkpoint's tensors. raises BadRun, Environment"""
@@ -160,7 +168,7 @@ class RunDirectory:
                 do="go on with the recipe that it was made by",
             )
         try:
-            load(dict(tensors), storage_reader=reader, no_dist=True)
+            load(dict(tensors), storage_reader=reader, no_dist=self._ranks.size == 1)
         except CheckpointException as error:
             raise next(iter(error.failures.values()))[0] from None
         return about

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv4ckpt.errors import Diverged, Interrupted, Usage
+from dsv4ckpt.ranks import ALONE, Ranks
 from dsv4ckpt.stop import StopFlag
 from dsv4ckpt.survey import Survey
 
@@ -111,12 +112,16 @@ def read_data(made: Recipe, found: Survey, config: Config) -> Data:
 class Trainer:
     """Everything that a step needs. Made from a recipe; holds model, optimizers and rows."""
 
-    def __init__(self, made: Recipe) -> None:
-        """Read data and model. raises whatever reading them raises, before the first step"""
-        self.recipe, self.device = made, device_of(made.model.device)
+    def __init__(self, made: Recipe, ranks: Ranks = ALONE) -> None:
+        """Read data and model. raises whatever reading them raises, before the first step
+
+        ranks  that train together, each with rows of its own; what is trained in full is divided over them by FSDP2
+        """
+        _require_shared(made, ranks)
+        self.recipe, self.device, self.ranks = made, device_of(made.model.device), ranks
         found, self.config = surveyed(made.model.source)
         self.corpus, self.rows, self.eval_rows = read_data(made, found, self.config)
-        self.model = _model_of(made, self.config)
+        self.model = _model_of(made, found, self.config, ranks)
         self.parameters = _learners(self.model, made)
         self.optimizers = learning.optimizers_of(self.parameters, made.optimizer, made.lr)
         self._routers = {
@@ -154,14 +159,17 @@ class Trainer:
         ]
         counts = _counts(batches)
         learning.zero_grad(self.parameters.values())
+        ranks = self.ranks
         loads = {
             name: torch.zeros(len(router.weight), dtype=torch.int64, device=self.device)
             for name, router in self._routers.items()
         }
         sums = Sums()
-        for batch in batches:
+        for batch in batches[ranks.rank :: ranks.size]:
             sums = Sums(*map(sum, zip(sums, self._backward(batch, counts, loads), strict=True)))
-        norm = float(learning.clip(self.parameters.values(), self.recipe.optimizer.clip))
+        if ranks.size > 1:
+            sums = self._over_ranks(sums, loads)
+        norm = float(learning.clip(self.parameters.values(), self.recipe.optimizer.clip, self._total))
         means = _means(sums, counts)
         if not all(torch.isfinite(torch.tensor([*means, norm]))):
             learning.zero_grad(self.parameters.values())
@@ -191,9 +199,30 @@ class Trainer:
                     balance = balance + losses.balance(scores, ids, documents)
         if part.balance:
             loss = loss + balance * (part.balance / max(1, counts.all_tokens))
-        loss.backward()
+        (loss * self.ranks.size if self._is_divided else loss).backward()  # FSDP2 takes the mean over ranks
         mean_balance = float(balance.detach()) / self._num_choosing
         return Sums(float(main.detach()), 0.0 if mtp is None else float(mtp.detach()), mean_balance)
+
+    def _over_ranks(self, sums: Sums, loads: dict[str, Tensor]) -> Sums:
+        """Add up what all ranks have: losses, loads, and gradients that FSDP2 does not know."""
+        from . import sharding
+
+        sharding.add_gradients(self.parameters.values())
+        for counted in loads.values():
+            self._total(counted)
+        return Sums(*self._total(torch.tensor(sums, dtype=torch.float64)).tolist())
+
+    def _total(self, values: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        if self.ranks.size > 1:
+            from . import sharding
+
+            sharding.total(values, self.ranks)
+        return values
+
+    @property
+    def _is_divided(self) -> bool:
+        return self.ranks.size > 1 and self.recipe.train.what is Train.FULL
 
     def _sums(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Cross entropies of the next token and of the one after it, summed over the tokens that are learned."""
@@ -238,6 +267,15 @@ class Trainer:
             do="the last checkpoint is untouched: lower optimizer.lr or clip harder, and go on in another train.run",
         )
 
+    def signal(self, stop: StopFlag) -> int:
+        """The signal that any rank was sent; 0: none. All ranks ask at the same time."""
+        if self.ranks.size == 1:
+            return stop.signal_number
+        found = torch.zeros(256, dtype=torch.int64)
+        found[stop.signal_number] = 1
+        sent = self._total(found).nonzero()[:, 0].tolist()
+        return max(sent)
+
     @torch.no_grad()
     def evaluate(self, stop: StopFlag) -> float | None:
         """Mean loss over every document of data.eval_files, once; None without them. raises Interrupted"""
@@ -264,15 +302,18 @@ def train(
     clock    tells seconds
     raises   Interrupted after a signal, with a checkpoint of the last whole step; Diverged, Busy, BadRun, Environment
     """
-    made = trainer.recipe
-    run = RunDirectory(made.train.run)
-    with run.locked():
+    made, ranks = trainer.recipe, trainer.ranks
+    run = RunDirectory(made.train.run, ranks)
+    with run.locked() if ranks.rank == 0 else contextlib.nullcontext():
+        ranks.meet(stop)  # nobody looks before rank 0 has tidied up
         document = recipe.document_of(made)
         run.require_same_recipe(document, _FREE)
         about = {"data_sha256": trainer.data_sha256}
         first = _continued(trainer, run, about)
-        run.write_recipe(document)
-        run.cut_metrics(first)
+        ranks.meet(stop)  # nobody writes before all have looked
+        if ranks.rank == 0:
+            run.write_recipe(document)
+            run.cut_metrics(first)
         step: Step | None = None
         eval_loss: float | None = None
         for number in range(first, made.train.steps):
@@ -281,19 +322,22 @@ def train(
             seconds = clock() - began
             line = {**step._asdict(), "seconds": round(seconds, 6)}
             done = number + 1
-            if done % made.log.every == 0 or done == made.train.steps:
+            if ranks.rank == 0 and (done % made.log.every == 0 or done == made.train.steps):
                 run.add_metrics(line)
             on_step(step, seconds)
+            stop.signal_number = trainer.signal(stop)
             due = made.checkpoint.every and done % made.checkpoint.every == 0
             if due or done == made.train.steps or stop.signal_number:
                 run.write(done, trainer.state(), about)
-                run.keep(made.checkpoint.keep)
+                if ranks.rank == 0:
+                    run.keep(made.checkpoint.keep)
             if stop.signal_number:
                 raise Interrupted(stop.signal_number)
             every, is_last = made.log.eval_every, done == made.train.steps
             if trainer.eval_rows and (is_last or (every and done % every == 0)):
                 eval_loss = trainer.evaluate(stop)
-                run.add_metrics({"step": number, "eval_loss": eval_loss})
+                if ranks.rank == 0:
+                    run.add_metrics({"step": number, "eval_loss": eval_loss})
         return Outcome(first, made.train.steps, step, eval_loss)
 
 
@@ -323,10 +367,41 @@ def _continued(trainer: Trainer, run: RunDirectory, about: Mapping[str, Any]) ->
 # ---- model and learners
 
 
-def _model_of(made: Recipe, config: Config) -> Model:
+def _require_shared(made: Recipe, ranks: Ranks) -> None:
+    """raises Usage for what several ranks do not do together"""
+    train, each = made.train, made.train.micro_rows * ranks.size
+    if ranks.size == 1:
+        return
+    if train.rows % each:
+        raise Usage(
+            "the rows of a step cannot be divided over the ranks",
+            expected=f"train.rows a multiple of train.micro_rows * ranks = {each:,}",
+            found=f"{train.rows:,}",
+            do="change train.rows, or start another number of ranks",
+        )
+    if made.model.device != "cpu":
+        raise Usage(
+            "several ranks train on CPUs only so far",
+            found=f"model.device {made.model.device!r}",
+            do="start one process for a GPU",
+        )
+    if train.what is Train.FULL and made.model.dtype != "float32":
+        raise Usage(
+            "several ranks train float32 weights only so far",
+            found=f"model.dtype {made.model.dtype!r}",
+            do="leave model.dtype out, or start one process",
+        )
+
+
+def _model_of(made: Recipe, found: Survey, config: Config, ranks: Ranks) -> Model:
     part = made.model
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[part.dtype]
     simulation = Simulation(experts_fp4=made.train.qat)
+    is_divided = ranks.size > 1 and made.train.what is Train.FULL
+    if is_divided and not part.initialize:
+        from . import sharding
+
+        return sharding.loaded(found, config, simulation, part.source, ranks).train()
     if not part.initialize:
         packed = part.experts == "packed"
         experts: Literal["dense", "packed"] = "packed" if packed else "dense"
@@ -335,7 +410,12 @@ def _model_of(made: Recipe, config: Config) -> Model:
     initialize(model, torch.Generator().manual_seed(made.train.seed))
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtype_of(name, dtype))
-    return model.to(part.device).train()
+    model = model.to(part.device).train()
+    if is_divided:
+        from . import sharding
+
+        model = sharding.divided(model, ranks)
+    return model
 
 
 def _learners(model: nn.Module, made: Recipe) -> dict[str, nn.Parameter]:

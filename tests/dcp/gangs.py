@@ -153,10 +153,11 @@ def _packed_error(error: BaseException, trace: str) -> bytes:
 
 
 def torchrun(
-    size: int, *arguments: str, cwd: Path | None = None, timeout: float = 240.0
+    size: int, *arguments: str, cwd: Path | None = None, timeout: float = 240.0, restarts: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """`torchrun --nproc-per-node SIZE ARGUMENTS` on a free port. raises TimeoutExpired once all are killed"""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    launcher.append(f"--max-restarts={restarts}")
     command = [*launcher, *arguments]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
