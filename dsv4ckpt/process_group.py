@@ -7,11 +7,14 @@ that can be interrupted: gloo's own keeps Python's signal handlers waiting as lo
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
 
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from .errors import Environment
 from .ranks import Ranks
@@ -64,7 +67,11 @@ def joined() -> Iterator[GroupRanks]:
     raises  Environment. After an error the group stays as it is: the process has to be left by os._exit.
     """
     try:
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+        store, rank, size = next(rendezvous("env://", timeout=default_pg_timeout))
+        if _is_on_one_machine():
+            # torchrun keeps its store when it starts ranks again, with the addresses of those that are gone
+            store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group("gloo", timeout=_PATIENCE, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         raise Environment(
             "cannot join the ranks of this job",
@@ -73,3 +80,8 @@ def joined() -> Iterator[GroupRanks]:
         ) from None
     yield GroupRanks()
     dist.destroy_process_group()
+
+
+def _is_on_one_machine() -> bool:
+    """Whether one torchrun started all ranks, so that all of them know how often it did."""
+    return os.environ.get("LOCAL_WORLD_SIZE", "") == os.environ.get("WORLD_SIZE", "")

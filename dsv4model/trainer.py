@@ -304,7 +304,7 @@ def train(
     """
     made, ranks = trainer.recipe, trainer.ranks
     run = RunDirectory(made.train.run, ranks)
-    with run.locked() if ranks.rank == 0 else contextlib.nullcontext():
+    with run.locked() if ranks.rank == 0 else contextlib.nullcontext(), _noticed(ranks):
         ranks.meet(stop)  # nobody looks before rank 0 has tidied up
         document = recipe.document_of(made)
         run.require_same_recipe(document, _FREE)
@@ -339,6 +339,17 @@ def train(
                 if ranks.rank == 0:
                     run.add_metrics({"step": number, "eval_loss": eval_loss})
         return Outcome(first, made.train.steps, step, eval_loss)
+
+
+def _noticed(ranks: Ranks) -> contextlib.AbstractContextManager[None]:
+    """A rank that is gone is an Environment error on all others."""
+    if ranks.size == 1:
+        return contextlib.nullcontext()
+    from dsv4ckpt.process_group import noticed
+
+    return noticed(
+        ranks.size, "the same command continues from the last checkpoint; torchrun --max-restarts gives it"
+    )
 
 
 def _continued(trainer: Trainer, run: RunDirectory, about: Mapping[str, Any]) -> int:
