@@ -40,6 +40,13 @@ def place_in_job() -> Place:
     return Place(int(told[0]), int(told[1]))
 
 
+def _attempt() -> int | None:
+    """How often torchrun has started the ranks again; None if it is not the same number for all of them."""
+    told = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return int(told) if is_one_machine and told.isdecimal() and len(told) < 10 else None
+
+
 @contextmanager
 def ranks_of_this_job() -> Iterator[Ranks]:
     """The ranks that torchrun started, joined while the block runs. raises Environment"""
@@ -51,7 +58,7 @@ def ranks_of_this_job() -> Iterator[Ranks]:
     with ExitStack() as stack:
         before = _handle(signal.SIG_DFL)  # no handler of ours runs while torch waits for the other ranks
         try:
-            ranks = stack.enter_context(process_group.joined())
+            ranks = stack.enter_context(process_group.joined(_attempt()))
         finally:
             _restore(before)
         yield ranks

@@ -7,7 +7,6 @@ that can be interrupted: gloo's own keeps Python's signal handlers waiting as lo
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Iterator
 
@@ -61,16 +60,17 @@ def noticed(size: int, then: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[GroupRanks]:
+def joined(attempt: int | None = None) -> Iterator[GroupRanks]:
     """This process as a rank of the job that its environment tells of, as torchrun sets it.
 
+    attempt  how often the ranks were started again, if all of them know: torchrun keeps its store when it does that,
+             with the addresses of those that are gone
     raises  Environment. After an error the group stays as it is: the process has to be left by os._exit.
     """
     try:
         store, rank, size = next(rendezvous("env://", timeout=default_pg_timeout))
-        if _is_on_one_machine():
-            # torchrun keeps its store when it starts ranks again, with the addresses of those that are gone
-            store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        if attempt is not None:
+            store = PrefixStore(f"attempt {attempt}", store)
         dist.init_process_group("gloo", timeout=_PATIENCE, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         raise Environment(
@@ -80,8 +80,3 @@ def joined() -> Iterator[GroupRanks]:
         ) from None
     yield GroupRanks()
     dist.destroy_process_group()
-
-
-def _is_on_one_machine() -> bool:
-    """Whether one torchrun started all ranks, so that all of them know how often it did."""
-    return os.environ.get("LOCAL_WORLD_SIZE", "") == os.environ.get("WORLD_SIZE", "")
