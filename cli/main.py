@@ -104,8 +104,9 @@ def _run(arguments: list[str]) -> NoReturn:
     # and this of every checkpoint that one process saves alone
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     code = _carried_out(arguments)
-    if code and place_in_job().size > 1:
-        # threads of the process group may wait for a meeting that never comes, and the interpreter for them
+    if place_in_job().size > 1:
+        # threads of the process group may wait for a meeting that never comes, and the interpreter for them; after
+        # torch has saved a checkpoint, some of its threads abort the interpreter now and then while it leaves
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
