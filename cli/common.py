@@ -79,6 +79,20 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done, from headers only.")
+
+
+def workers_option(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """what: of which so many are written at a time"""
+    return click.option(
+        "--workers",
+        type=click.IntRange(1, 64),
+        default=2,
+        show_default=True,
+        help=f"{what} at a time; never changes bytes.",
+    )
+
+
 follow_links_option = click.option(
     "--follow-symlinks",
     "follow_links",

@@ -22,11 +22,13 @@ from dsv4ckpt.stop import StopFlag
 
 from .common import (
     common_options,
+    dry_run_option,
     follow_links_option,
     place_in_job,
     ranks_of_this_job,
     stopping_on_signals,
     without_collecting,
+    workers_option,
 )
 from .progress import Progress
 from .words import Console, LayerList, Size, human, plural, spans, table
@@ -114,14 +116,8 @@ def original_options(native: str) -> Callable[[Callable[..., Any]], Callable[...
     help="MTP or DSpark stages.",
 )
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, metavar="SIZE")
-@click.option(
-    "--workers",
-    type=click.IntRange(1, 64),
-    default=2,
-    show_default=True,
-    help="Shards at a time; never changes bytes.",
-)
-@click.option("--dry-run", is_flag=True, help="Say what would be done, from headers only.")
+@workers_option("Shards")
+@dry_run_option
 @click.option(
     "--bandwidth",
     type=Rate(),

@@ -9,7 +9,7 @@ from dsv4ckpt.names import Namespace
 from dsv4ckpt.plan import ScalePolicy
 
 from . import convert
-from .common import common_options
+from .common import common_options, dry_run_option, workers_option
 from .words import Console, Size
 
 
@@ -38,14 +38,8 @@ from .words import Console, Size
     "[default: keep; fresh after train.qat]",
 )
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, metavar="SIZE")
-@click.option(
-    "--workers",
-    type=click.IntRange(1, 64),
-    default=2,
-    show_default=True,
-    help="Shards at a time; never changes bytes.",
-)
-@click.option("--dry-run", is_flag=True, help="Say what would be done, from headers only.")
+@workers_option("Shards")
+@dry_run_option
 @click.option(
     "--allow-lossy", is_flag=True, help="Accept that values are rounded unmeasured, or a change vanishes."
 )

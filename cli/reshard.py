@@ -15,7 +15,7 @@ from dsv4ckpt.plan import ConvertOptions, ScalePolicy
 from dsv4ckpt.survey import Survey
 
 from . import convert
-from .common import common_options, follow_links_option, without_collecting
+from .common import common_options, dry_run_option, follow_links_option, without_collecting, workers_option
 from .words import Console, Size, plural
 
 _LEAST_CHUNK = 64 * 1024  # smaller chunks are mostly what stands around them
@@ -66,14 +66,8 @@ _SHOWN = 3  # of the entries that are left
 @click.option(
     "--max-file-size", type=Size(), default="5GB", show_default=True, metavar="SIZE", help="Of files in DST."
 )
-@click.option(
-    "--workers",
-    type=click.IntRange(1, 64),
-    default=2,
-    show_default=True,
-    help="Files at a time; never changes bytes.",
-)
-@click.option("--dry-run", is_flag=True, help="Say what would be done, from headers only.")
+@workers_option("Files")
+@dry_run_option
 @click.option("--allow-nan", multiple=True, metavar="NAME", help="Accept NaN and infinities in this tensor.")
 @click.option(
     "--prefix",

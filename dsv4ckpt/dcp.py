@@ -23,18 +23,11 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import (
-    STORAGE_TYPES,
-    ChunkStorageMetadata,
-    Metadata,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.storage import StorageReader
 
-from . import boxes, probe
+from . import boxes
 from .boxes import Run
+from .dcp_storage import PathReader, done
 from .dcp_writer import ReleaseWriter as ReleaseWriter
 from .errors import NotConform, Usage
 from .formats import QUANTS, Kind, Shape, Storage
@@ -59,7 +52,7 @@ _Word = TypeVar("_Word", bound=StrEnum)
 _MOST_IN_FLIGHT = 8  # items that threads work on while the next ones are laid out
 
 
-class ReleaseReader(StorageReader):
+class ReleaseReader(PathReader):
     """A checkpoint of DeepSeek-V4 as a storage that torch.distributed.checkpoint.load reads.
 
         dcp.load(model.state_dict(), storage_reader=ReleaseReader(path))
@@ -97,7 +90,8 @@ class ReleaseReader(StorageReader):
         raises       Usage, BadConfig, UnknownRelease, NotConform and its kin, MissingFile, BadIndex, BadHeader,
                      UnsafePath, Environment
         """
-        self._path, self._num_threads = os.fspath(path), _require_count(num_threads)
+        super().__init__(path)
+        self._num_threads = _require_count(num_threads)
         self._partial = (partial,) if isinstance(partial, str) else partial
         space = _choice("names", names, Namespace)
         held = _choice("experts", experts, Experts)
@@ -123,27 +117,8 @@ class ReleaseReader(StorageReader):
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """raises Usage if the caller names another checkpoint"""
-        if checkpoint_id is not None and os.fspath(checkpoint_id) != self._path:
-            raise Usage(
-                "checkpoint_id names another checkpoint than this reader has opened",
-                expected=repr(self._path),
-                found=repr(os.fspath(checkpoint_id)),
-                do="leave checkpoint_id out",
-            )
+        super().reset(checkpoint_id)
         self.unread = ()
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ARG002 - torch looks for the names
-        """Every tensor, in one chunk."""
-        told: dict[str, STORAGE_TYPES] = {name: entry.metadata() for name, entry in self._entries.items()}
-        return Metadata(told, planner_data={name: (name,) for name in told})
-
-    def set_up_storage_reader(
-        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
-    ) -> None:
-        """Nothing: all was read when the reader was made."""
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """raises NotConform for tensors that no rank asks for"""
@@ -174,15 +149,12 @@ class ReleaseReader(StorageReader):
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        done: torch.futures.Future[None] = torch.futures.Future()
-        done.set_result(None)
-        return done
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return probe.is_directory(os.fspath(checkpoint_id))
+        return done()
 
     # ---- inside
+
+    def _told(self) -> dict[str, tuple[torch.dtype, Shape]]:
+        return {name: (entry.told, entry.shape) for name, entry in self._entries.items()}
 
     def _may_stay(self, name: str) -> bool:
         if isinstance(self._partial, bool):
@@ -243,11 +215,6 @@ class _Entry:
     parts: tuple[Part, ...]
     logical: Logical | None  # of its first part; None: opaque, carried under its own name
     leaf: str  # "": values; "weight": codes as they are stored; "scale": scales
-
-    def metadata(self) -> TensorStorageMetadata:
-        size, zero = torch.Size(self.shape), torch.Size([0] * len(self.shape))
-        chunk = ChunkStorageMetadata(offsets=zero, sizes=size)
-        return TensorStorageMetadata(TensorProperties(dtype=self.told), size, [chunk])
 
     @property
     def is_fused(self) -> bool:

@@ -60,8 +60,7 @@ def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
         dist.all_reduce(parameter.grad)
 
 
-def total(values: Tensor, ranks: Ranks) -> Tensor:
+def total(values: Tensor) -> Tensor:
     """The sum over ranks, in place."""
-    if ranks.size > 1:
-        dist.all_reduce(values)
+    dist.all_reduce(values)
     return values

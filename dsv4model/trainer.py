@@ -217,7 +217,7 @@ class Trainer:
         if self.ranks.size > 1:
             from . import sharding
 
-            sharding.total(values, self.ranks)
+            sharding.total(values)
         return values
 
     @property
@@ -416,7 +416,7 @@ def _model_of(made: Recipe, found: Survey, config: Config, ranks: Ranks) -> Mode
     if not part.initialize:
         packed = part.experts == "packed"
         experts: Literal["dense", "packed"] = "packed" if packed else "dense"
-        return load(part.source, dtype, experts, part.device, simulation).train()
+        return load(found, dtype, experts, part.device, simulation).train()
     model = Model(config, simulation)
     initialize(model, torch.Generator().manual_seed(made.train.seed))
     for name, parameter in model.named_parameters():

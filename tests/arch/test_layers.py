@@ -63,6 +63,7 @@ MAY_IMPORT = {
     "sidecar": {"contained", "errors", "formats", "probe", "shard", "strictjson"},
     "original": {"config", "contained", "errors", "formats", "shard", "sidecar", "survey"},
     "pickled": set[str](),
+    "dcp_storage": {"errors", "formats", "probe"},
     "torchfile": {"formats", "pickled"},
     "dcp_metadata": {"errors", "formats", "pickled", "torchfile"},
     "dcp_layout": {"dcp_metadata", "formats", "inventory", "steps", "torchfile"},
@@ -108,9 +109,9 @@ MAY_NOT_IMPORT = {
     "dcp_source": {"compare", "decode_plain", "outdir", "plan", "run", "sample", "values", "verify"},
 }
 COMPUTE = {  # these may load torch, all others may not
-    "codec", "dcp", "dcp_reader", "dcp_source", "dcp_writer", "decode_plain", "desk", "encode", "exchange", "export",
-    "held", "inputs", "process_group", "prove", "recast", "requantize", "roundtrip", "run", "sample", "threads",
-    "values", "work",
+    "codec", "dcp", "dcp_reader", "dcp_source", "dcp_storage", "dcp_writer", "decode_plain", "desk", "encode",
+    "exchange", "export", "held", "inputs", "process_group", "prove", "recast", "requantize", "roundtrip", "run",
+    "sample", "threads", "values", "work",
 }  # fmt: skip
 
 
