@@ -35,33 +35,35 @@ GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536
 OURS_ONLY = 4096  # transformers needs more memory than most machines have beyond this length
 
 
-def document() -> dict[str, Any]:
+def document(**changes: Any) -> dict[str, Any]:
     from dsv4ckpt.release import shipped_config
 
-    return {**shipped_config("flash"), **SIZES}
+    return {**shipped_config("flash"), **SIZES, **changes}
 
 
-def our_model(dtype: torch.dtype, device: str) -> torch.nn.Module:
+def our_model(dtype: torch.dtype, device: str, **changes: Any) -> torch.nn.Module:
     from dsv4model.config import Config
     from dsv4model.model import Model, dtype_of, initialize
 
-    model = Model(Config.read(document()))
+    model = Model(Config.read(document(**changes)))
     initialize(model, torch.Generator().manual_seed(0))
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtype_of(name, dtype))
     return model.to(device)
 
 
-def their_model(dtype: torch.dtype, device: str) -> torch.nn.Module:
+def their_model(dtype: torch.dtype, device: str, **changes: Any) -> torch.nn.Module:
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     document_ = {
-        key: value for key, value in document().items() if key not in ("quantization_config", "torch_dtype")
+        key: value
+        for key, value in document(**changes).items()
+        if key not in ("quantization_config", "torch_dtype")
     }
     model = DeepseekV4ForCausalLM(DeepseekV4Config(**document_)).to(dtype)
-    state = our_model(dtype, "cpu").state_dict()
+    state = our_model(dtype, "cpu", **changes).state_dict()
     lacks = model.load_state_dict(state, strict=False)
     assert not lacks.unexpected_keys, lacks
     return model.to(device)

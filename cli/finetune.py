@@ -110,7 +110,7 @@ def command(
                     _say_end(run, curve, console)
                 raise
         if ranks.rank == 0:
-            _say_outcome(made, outcome, steps, _draw(made, run), console)
+            _say_outcome(trainer, outcome, steps, _draw(made, run), console)
             console.document(_outcome_document(made, outcome))
     return EXIT_OK
 
@@ -181,6 +181,8 @@ def _say_outlook(made: Recipe, ahead: Outlook, console: Console) -> None:
     console.say(f"  optimizer {by} parameters, lr {made.lr:g}")
     console.say(f"  memory    weights {human(ahead.weight_bytes)}, gradients {human(ahead.gradient_bytes)}, optimizer "
                 f"{human(ahead.optimizer_bytes)}; activations come on top")  # fmt: skip
+    if ahead.offloaded_bytes:
+        console.say(f"            {human(ahead.offloaded_bytes)} of these in the CPU's memory")
 
 
 def _say_data(made: Recipe, corpus: Any, rows: Any, console: Console) -> None:
@@ -205,6 +207,7 @@ def _outlook_document(ahead: Outlook) -> dict[str, Any]:
             "weights": ahead.weight_bytes,
             "gradients": ahead.gradient_bytes,
             "optimizer": ahead.optimizer_bytes,
+            "offloaded": ahead.offloaded_bytes,
         },
     }
 
@@ -231,7 +234,7 @@ class _Steps:
     """Told of every step: a bar on a terminal, a line every 10 s elsewhere."""
 
     def __init__(self, trainer: Trainer, console: Console) -> None:
-        self._num, self._quiet = trainer.recipe.train.steps, console.quiet
+        self._trainer, self._num, self._quiet = trainer, trainer.recipe.train.steps, console.quiet
         self._bar: tqdm[None] | None = None
         self._spoke = 0.0
         self._num_made = 0
@@ -242,22 +245,26 @@ class _Steps:
         self.seconds += seconds
         if self._quiet:
             return
+        indexer = ""
+        if step.indexer_uniform:
+            indexer = f"indexer {step.indexer:.4f} (uniform {step.indexer_uniform:.4f}), "
         said = (
-            f"loss {step.loss:.4f}, MTP {step.mtp_loss:.4f}, norm {step.grad_norm:.3g}, lr {step.lr:.3g}, "
+            f"loss {step.loss:.4f}, MTP {step.mtp_loss:.4f}, {indexer}norm {step.grad_norm:.3g}, lr {step.lr:.3g}, "
             f"{step.tokens / max(seconds, 1e-9):,.0f} learned tokens/s, memory {human(_peak_bytes())}"
+            f"{_of_gpu(self._trainer)}"
         )
         if sys.stderr.isatty():
             if self._bar is None:
                 self._bar = tqdm(
-                    total=self._num, initial=step.step, unit="step", dynamic_ncols=True, file=sys.stderr
+                    total=self._num, initial=step.step - 1, unit="step", dynamic_ncols=True, file=sys.stderr
                 )
             self._bar.set_postfix_str(said, refresh=False)
             self._bar.update()
-        elif time.monotonic() - self._spoke >= _LINE_SECONDS or step.step + 1 == self._num:
+        elif time.monotonic() - self._spoke >= _LINE_SECONDS or step.step == self._num:
             self._spoke = time.monotonic()
-            if num_left := self._num - step.step - 1:
+            if num_left := self._num - step.step:
                 said += f", {_lasting(num_left * self.seconds / self._num_made)} left"
-            print(f"step {step.step + 1:,} of {self._num:,}: {said}", file=sys.stderr, flush=True)
+            print(f"step {step.step:,} of {self._num:,}: {said}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> _Steps:
         return self
@@ -265,6 +272,11 @@ class _Steps:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _of_gpu(trainer: Trainer) -> str:
+    held = trainer.peak_device_bytes
+    return f" and {human(held)} of the GPU's" if held else ""
 
 
 def _peak_bytes() -> int:
@@ -313,13 +325,16 @@ def _say_end(run: RunDirectory, curve: str | None, console: Console) -> None:
         console.say(f"losses    {curve}")
 
 
-def _say_outcome(made: Recipe, outcome: Outcome, steps: _Steps, curve: str | None, console: Console) -> None:
+def _say_outcome(
+    trainer: Trainer, outcome: Outcome, steps: _Steps, curve: str | None, console: Console
+) -> None:
+    made = trainer.recipe
     if outcome.last is None:
         console.say(f"{made.train.run} was complete already: nothing to do")
     else:
         since = f" from step {outcome.first_step:,}" if outcome.first_step else ""
         console.say(f"step {outcome.num_steps:,} done{since} in {_lasting(steps.seconds)}, at most "
-                    f"{human(_peak_bytes())} of memory: loss {outcome.last.loss:.4f}")  # fmt: skip
+                    f"{human(_peak_bytes())} of memory{_of_gpu(trainer)}: loss {outcome.last.loss:.4f}")  # fmt: skip
     if outcome.eval_loss is not None:
         console.say(f"loss on data.eval_files: {outcome.eval_loss:.4f}")
     if curve:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from .stop import StopFlag
 
@@ -23,6 +23,15 @@ class Ranks:
     def meet(self, stop: StopFlag) -> None:  # noqa: ARG002 - there is nobody to wait for
         """Return when every rank has come here. raises Interrupted; Environment if one of them is gone"""
         assert self.size == 1
+
+    @property
+    def group(self) -> Any:
+        """What torch calls these ranks; None: all that there are."""
+        return None
+
+    def apart(self) -> Ranks:
+        """The same ranks, who meet without regard to other meetings: for a thread. All ask for it together."""
+        return self
 
 
 ALONE = Ranks()

@@ -468,6 +468,6 @@ def require_measured(loss: Loss) -> None:
         raise NotLossless(
             f"{loss.name!r} does not fit into the codes: values would be rounded, and what that costs is unknown",
             found=f"{loss.num_inexact:,} rounded values in its first rows, relative error {loss.relative_error:.2e}",
-            do="name the released checkpoint with --source DIR, so that the loss is measured; or accept it unmeasured: "
-            "--allow-lossy; or lose nothing: --to bf16",
+            do="--to native --source RELEASE measures the loss; or accept it unmeasured: --allow-lossy; or lose "
+            "nothing: --to bf16",
         )

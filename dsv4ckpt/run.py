@@ -217,7 +217,7 @@ def _completed(run: _Run, ranks: Ranks, num_resumed: int) -> Summary:
     _require_kept(plan, losses)
     _write_sidecar(run)
     _write_small(plan, run.checkpoint, out)
-    _write_sums(out)
+    write_sums(out)
     summary = _summarize(plan, out, num_resumed, losses)
     out.finish(strictjson.pretty(_manifest(plan, run.checkpoint, summary)))
     return summary
@@ -322,14 +322,15 @@ def _require_kept(plan: Plan, losses: tuple[Loss, ...]) -> None:
         return
     worst = min(gone, key=lambda loss: loss.kept_share or 0.0)
     fp8 = worst.kept_fp8 / worst.change
-    better = f"--to fp8 keeps {fp8:.0%} of that one, " if fp8 > 2 * (worst.kept_share or 0) else ""
+    is_better = fp8 > 2 * (worst.kept_share or 0)
+    better = f"--to fp8 --allow-lossy keeps {fp8:.0%} of that one, " if is_better else ""
     raise VanishingChange(
         f"most of what training changed would be lost: {len(gone):,} of {len(losses):,} changed tensors keep less "
         f"than {_LEAST_KEPT:.0%} of their change",
         expected="a change that is larger than the steps between codes",
         found=f"{worst.name!r} keeps {worst.kept_share or 0.0:.1%}",
-        do=f"{better}--to bf16 keeps everything, or keep the adapter apart; or finish all the same: --allow-lossy "
-        "(what is done so far stays)",
+        do=f"{better}--to bf16 keeps everything, of a LoRA run dsv4 export --adapter too; or finish all the same: "
+        "--allow-lossy (what is done so far stays)",
     )
 
 
@@ -466,7 +467,7 @@ def _write_small(plan: Plan, checkpoint: Checkpoint, out: OutDir) -> None:
             out.publish_bytes(name, plan.written[name])
 
 
-def _write_sums(out: OutDir) -> None:
+def write_sums(out: OutDir) -> None:
     """What `sha256sum -c` reads: every file but this one and the manifest."""
     if SUMS_NAME not in out.finished:
         lines = (_sum_line(receipt) for _, receipt in sorted(out.finished.items()))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dsv4ckpt.errors import Usage
 from dsv4ckpt.formats import Shape
 
+from .divided import local
 from .layers import Linear, Module
 from .moe import Experts, Pairs, can_group, grouped, looped
 from .packed import PackedExperts, PackedLinear
@@ -74,7 +75,7 @@ class ExpertAdapter(Adapter):
     """Beside routed experts: each pair's row goes through its expert's adapter."""
 
     def forward(self, x_PC: Tensor, pairs: Pairs) -> Tensor:
-        down_ErC, up_ERr = self.lora_A.to(x_PC.dtype), self.lora_B.to(x_PC.dtype)
+        down_ErC, up_ERr = (local(matrix).to(x_PC.dtype) for matrix in (self.lora_A, self.lora_B))
         by_expert = grouped if can_group(x_PC, down_ErC, up_ERr) else looped
         return by_expert(up_ERr, by_expert(down_ErC, x_PC, pairs) * self.scale, pairs)
 
@@ -89,6 +90,11 @@ class Place(NamedTuple):
     module: Module
     slot: str  # the module's attribute that takes the adapter
     shape: Shape  # of the values, [R, C] or [E, R, C]
+
+    @property
+    def adapter_name(self) -> str:
+        """What its adapter is called, as a module of the model."""
+        return f"{self.name.rpartition('.')[0]}.{self.slot}"
 
     @property
     def adapter(self) -> Adapter | None:
@@ -186,14 +192,18 @@ def attach(model: nn.Module, part: LoraPart, generator: torch.Generator) -> dict
     for place in _chosen(model, part.targets):
         made[place] = adapter = place.blank(part.rank, part.alpha, dtype_in(model))
         if not adapter.lora_A.is_meta:  # there only shapes count
-            _start(adapter, generator)
+            _start(adapter, generator, getattr(place.module, "part", (0, 1)))
     return put(model, made)
 
 
-def _start(adapter: Adapter, generator: torch.Generator) -> None:
+def _start(adapter: Adapter, generator: torch.Generator, part: tuple[int, int]) -> None:
+    """part: which of how many parts of the experts it is for; the same is drawn as for all of them"""
     lora_A, bound = adapter.lora_A.data, adapter.lora_A.shape[-1] ** -0.5
-    drawn = torch.empty(lora_A.shape, dtype=lora_A.dtype, device=generator.device)
-    lora_A.copy_(drawn.uniform_(-bound, bound, generator=generator))
+    number, count = part
+    first, *others = lora_A.shape
+    drawn = torch.empty(count * first, *others, dtype=lora_A.dtype, device=generator.device)
+    drawn.uniform_(-bound, bound, generator=generator)
+    lora_A.copy_(drawn[number * first : (number + 1) * first])
     adapter.lora_B.data.zero_()
 
 

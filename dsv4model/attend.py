@@ -10,6 +10,7 @@ Source: paper sec. 2.3 (eq. 14-19, shared key-value heads, sinks); kernel.py spa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,22 @@ class View(NamedTuple):
     first: Tensor  # [B or 1, S] the first entry ...
     end: Tensor  # [B or 1, S] ... and the one after the last
     picks: Tensor | None  # [B, S, K] the entries chosen among these, -1: none; None: all of them
+
+
+class Look(NamedTuple):
+    """Where some queries look among the entries."""
+
+    queries: slice
+    entries: slice  # the K that these queries can see at most ...
+    picks: Tensor | None  # ... or of each query its own K, as rows of entries [B * T, D]
+    seen: Tensor  # bool [B or 1, C, K]
+    share: Tensor  # float32 [B, C, K] what the heads give an entry, all together; 0 where it is not seen
+
+    def take(self, x_BTD: Tensor) -> Tensor:
+        """Of one vector per entry those at hand: [B, K, D], or [B, C, K, D], each query's own."""
+        if self.picks is None:
+            return x_BTD[:, self.entries]
+        return x_BTD.flatten(0, 1).index_select(0, self.picks).view(*self.share.shape, -1)
 
 
 class _Part(NamedTuple):
@@ -74,6 +91,18 @@ def attend_plain(
     share = torch.softmax(torch.cat((scores, sink), -1), -1).to(q_BSND.dtype)[..., :-1]
     out = torch.einsum("bsnl,bld->bsnd", wide(share), seen_BLD)
     return rotate(out, turn.back()).to(q_BSND.dtype)
+
+
+@torch.no_grad()
+def looks(
+    q_BSND: Tensor, kv_BLD: Tensor, entries_BTD: Tensor, sinks_N: Tensor, turn: Turn, eps: float, view: View
+) -> Iterator[Look]:
+    """Where attend looks among the entries, chunk by chunk. Its arguments; without gradient."""
+    for part in _parts(view, q_BSND.shape[1], q_BSND.device):
+        chunk = _Chunk(part, q_BSND, kv_BLD, entries_BTD, sinks_N, turn, eps, view)
+        share = chunk.share()[..., chunk.keys.shape[-2] : -1].sum(2)
+        picks = None if chunk.picks is None else chunk.index
+        yield Look(slice(part.begin, part.end), part.entries, picks, _sees_entries(view, part), share)
 
 
 def queries(q_BSND: Tensor, turn: Turn, eps: float) -> Tensor:

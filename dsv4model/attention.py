@@ -9,15 +9,17 @@ Source: paper sec. 2.3; model.py Attention of the reference.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .attend import View, attend, queries
+from .attend import View, attend, looks, queries
 from .cache import LayerCache
-from .compressor import Compressor, simulated_cache
+from .compressor import Compressor, Tap, simulated_cache
 from .config import Config
-from .layers import GroupedLinear, Linear, Module, RMSNorm, anchor, remade
+from .indexing import divergence
+from .layers import GroupedLinear, Linear, Module, RMSNorm, anchor
 from .packing import Groups, Packing
 from .rope import Turn, frequencies, rotate, turn
 from .simulate import Simulation
@@ -38,6 +40,15 @@ class Setting:
         groups = packing.groups(ratio) if ratio else None
         entry_turn = turn(groups.positions, inv_freq, dtype) if groups else None
         return cls(packing, turn(packing.positions, inv_freq, dtype), groups, entry_turn)
+
+
+class Scored(NamedTuple):
+    """What an indexer that learns makes its scores of. Gradients end at its own weights."""
+
+    tap: Tap
+    q: Tensor  # [B, S, A, D] of A heads
+    weight: Tensor  # [B, S, A]
+    keys: Tensor  # [B, T, D]
 
 
 class Attention(Module):
@@ -69,12 +80,16 @@ class Attention(Module):
         keys = kv if cache is None else cache.with_earlier(kv)
         none = torch.zeros_like(packing.starts)
         view = View(config.window, keys.shape[1] - kv.shape[1], packing.starts, none, none, None)
-        entries = kv[:, :0]
+        entries, scored = kv[:, :0], None
         if self.compressor is not None and setting.groups is not None:
-            entries, view = self._compressed(x_BSH, qr, setting, view, cache)
+            entries, view, scored = self._compressed(x_BSH, qr, setting, view, cache)
         shape = q.shape  # the recipe must not hold q itself
-        with remade(q, lambda: self.q_b_proj(qr).view(shape)):
+        with self.remaking(q, lambda: self.q_b_proj(qr).view(shape)):
             out = attend(q, keys, entries, self.sinks, setting.turn, config.norm_eps, view)
+        if scored is not None:
+            wanted = looks(q, keys, entries, self.sinks, setting.turn, config.norm_eps, view)
+            counted = None if packing.documents is None else packing.documents >= 0
+            scored.tap(*divergence(scored.q, scored.weight, scored.keys, wanted, counted))
         by_group = out.flatten(2).unflatten(-1, (config.o_groups, -1))
         out = self.o_b_proj(self.o_a_proj(by_group).flatten(2))
         if self.compressor is not None and not entries.shape[1] and torch.is_grad_enabled():
@@ -84,8 +99,8 @@ class Attention(Module):
 
     def _compressed(
         self, x_BSH: Tensor, qr_BSQ: Tensor, setting: Setting, view: View, cache: LayerCache | None
-    ) -> tuple[Tensor, View]:
-        """The entries [B, T, D], and which of them each query sees."""
+    ) -> tuple[Tensor, View, Scored | None]:
+        """The entries [B, T, D], which of them each query sees, and what an indexer that learns made of them."""
         compressor, groups, entry_turn = self.compressor, setting.groups, setting.entry_turn
         assert compressor is not None and groups is not None and entry_turn is not None
         pool = cache.pool if cache else None
@@ -95,20 +110,23 @@ class Attention(Module):
         view = view._replace(first=groups.first, end=groups.end)
         indexer = compressor.indexer
         if indexer is None:
-            return entries, view
-        pool, picks_all = cache.index_pool if cache else None, entries.shape[1] <= indexer.topk
-        if not picks_all or pool is not None:  # a cache needs the keys of all tokens, for later
-            with torch.no_grad():  # picks have no gradient, so nothing before them needs one
-                keys = indexer.simulated(indexer.entries(x_BSH, groups, entry_turn, pool))
+            return entries, view, None
+        pool, learns = cache.index_pool if cache else None, indexer.tap is not None
+        picks_all = entries.shape[1] <= indexer.topk or (learns and indexer.sees_all)
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):  # picks have no gradient
+            x, qr = x_BSH.detach(), qr_BSQ.detach()  # nothing before the indexer has a part in its loss
+            if learns or not picks_all or pool is not None:  # a cache needs the keys of all tokens, for later
+                keys = indexer.simulated(indexer.entries(x, groups, entry_turn, pool))
                 keys = keys if pool is None else pool.with_earlier(keys)
+            if learns or not picks_all:
+                q, weight = indexer.queries(x, qr, setting.turn)
+        scored = None if indexer.tap is None else Scored(indexer.tap, q, weight, keys)
         if picks_all:  # whatever the scores
             self.show("picks", lambda: all_visible(groups, entries))
-            return entries, view
-        with torch.no_grad():
-            q, weight = indexer.queries(x_BSH, qr_BSQ, setting.turn)
-            picks = indexer.picks(q, weight, keys, groups)
+            return entries, view, scored
+        picks = self.choose(lambda: indexer.picks(q, weight, keys, groups))
         self.show("picks", picks)
-        return entries, view._replace(picks=picks)
+        return entries, view._replace(picks=picks), scored
 
 
 def all_visible(groups: Groups, entries_BTD: Tensor) -> Tensor:

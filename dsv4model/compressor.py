@@ -9,6 +9,8 @@ Source: paper sec. 2.3.1 (CSA, eq. 9-17) and 2.3.2 (HCA, eq. 20-23); model.py Co
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,9 @@ _SCORES, _QUERIES = (
     2**24,
     256,
 )  # of the indexer at a time: bounds memory, and what is scored though nobody sees it
+
+
+Tap = Callable[[Tensor, Tensor], None]
 
 
 class Pool(Module):
@@ -73,7 +78,11 @@ class Scorer(Module):
 
 
 class Indexer(Pool):
-    """Scores every visible entry for every query by keys of its own, and picks the best."""
+    """Scores every visible entry for every query by keys of its own, and picks the best.
+
+    tap       is told of its own loss, which is computed for it: both sums of indexing.divergence
+    sees_all  then attention sees every entry, whatever would be picked
+    """
 
     def __init__(self, config: Config, ratio: int, simulation: Simulation, prepare: Prepare | None) -> None:
         super().__init__(config, ratio, config.index_head_dim, overlaps=True)
@@ -81,6 +90,8 @@ class Indexer(Pool):
         self.scorer = Scorer(config)
         self.num_heads, self.topk = config.index_num_heads, config.index_topk
         self.simulates_fp4 = simulation.indexer_fp4
+        self.tap: Tap | None = None
+        self.sees_all = False
 
     def queries(self, x_BSH: Tensor, qr_BSQ: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
         """[B, S, A, D] rotated, and the weight of each head [B, S, A]."""
@@ -114,10 +125,13 @@ class Indexer(Pool):
         return torch.cat(picked, 1)
 
 
-def index_scores(q_BSAD: Tensor, weight_BSA: Tensor, keys_BTD: Tensor) -> Tensor:
-    """sum over heads of weight * relu(q . k), float32 [B, S, T]. Differentiable."""
-    batch, length, heads, _ = q_BSAD.shape
-    dots = (wide(q_BSAD).flatten(1, 2) @ wide(keys_BTD).mT).view(batch, length, heads, -1)
+def index_scores(q_BSAD: Tensor, weight_BSA: Tensor, keys: Tensor) -> Tensor:
+    """sum over heads of weight * relu(q . k), float32 [B, S, T]. Differentiable.
+
+    keys  [B, T, D], or [B, S, T, D] of each query its own
+    """
+    q, keys = wide(q_BSAD), wide(keys)
+    dots = q @ keys.mT if keys.dim() == 4 else (q.flatten(1, 2) @ keys.mT).unflatten(1, q.shape[1:3])
     return (weight_BSA.unsqueeze(-2) @ torch.relu(dots)).squeeze(-2)
 
 

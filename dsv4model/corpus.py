@@ -17,7 +17,8 @@ from dsv4ckpt import strictjson
 from dsv4ckpt.contained import io_errors, opened
 from dsv4ckpt.errors import Dsv4Error, MissingFile, Usage
 
-from .chat import Piece, encode_with_spans
+from . import dataset_rows
+from .chat import NO_TEXTS, Piece, Texts, encode_with_spans
 from .losses import IGNORED
 from .recipe import DataPart, Kind
 from .tokenizer import Tokenizer
@@ -59,22 +60,36 @@ class Corpus:
         return sum(sum(document.counted) for document in self.documents)
 
 
-def read_corpus(files: Sequence[str], data: DataPart, tokenizer: Tokenizer | None, vocab: int) -> Corpus:
+AskTexts = Callable[[], Texts]
+
+
+def read_corpus(
+    files: Sequence[str],
+    data: DataPart,
+    tokenizer: Tokenizer | None,
+    vocab: int,
+    texts: AskTexts = lambda: NO_TEXTS,
+) -> Corpus:
     """Read and tokenise files. Five bytes a token stay in memory.
 
+    files      paths, or what dataset_rows.py reads
     tokenizer  None goes with Kind.TOKENS only
-    raises     MissingFile, BadLine (if data.bad_lines is "refuse"), Usage if nothing is left; Environment
+    texts      asked by the first conversation with tools or a response format, which need words of the checkpoint
+    raises     MissingFile, BadLine (if data.bad_lines is "refuse"), Usage if nothing is left; Environment; whatever
+               `texts` raises
     """
     corpus = Corpus()
     for path in files:
-        for number, line in _lines(path):
+        is_file = not path.startswith(dataset_rows.PREFIX)
+        for number, line in _lines(path) if is_file else dataset_rows.rows(path):
             try:
-                documents = _documents(line, data, tokenizer, vocab)
+                line = line if isinstance(line, bytes) else dataset_rows.as_line(line)
+                documents = _documents(line, data, tokenizer, vocab, texts)
             except (strictjson.Malformed, Usage) as error:
                 reason = error.what if isinstance(error, Usage) else str(error)
                 bad = BadLine(
-                    f"line {number:,} cannot be trained on: {reason}",
-                    file=os.path.basename(path),
+                    f"{'line' if is_file else 'row'} {number:,} cannot be trained on: {reason}",
+                    file=os.path.basename(path) if is_file else path,
                     do='mend or remove it; data.bad_lines="skip" leaves such lines, and names and counts them',
                 )
                 if data.bad_lines != "skip":
@@ -112,7 +127,9 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _documents(line: bytes, data: DataPart, tokenizer: Tokenizer | None, vocab: int) -> list[Document]:
+def _documents(
+    line: bytes, data: DataPart, tokenizer: Tokenizer | None, vocab: int, texts: AskTexts
+) -> list[Document]:
     """What a line holds. raises Usage, strictjson.Malformed"""
     strictjson.require_modest(line, _LIMITS)
     value = strictjson.loads(line, floats=True)
@@ -121,22 +138,24 @@ def _documents(line: bytes, data: DataPart, tokenizer: Tokenizer | None, vocab: 
     if data.kind is Kind.TOKENS:
         return [_tokens(value, vocab)]
     assert tokenizer is not None
-    made: Callable[[dict[str, Any], DataPart, Tokenizer], Document]
-    made = {Kind.CHAT: _chat, Kind.TEXT: _text, Kind.HELLASWAG: _hellaswag}[data.kind]
-    document = made(value, data, tokenizer)
+    if data.kind is Kind.CHAT:
+        document = _chat(value, data, tokenizer, texts)
+    else:
+        document = {Kind.TEXT: _text, Kind.HELLASWAG: _hellaswag}[data.kind](value, tokenizer)
     if max(document.ids) >= vocab:
         raise Usage(f"token {max(document.ids):,} is beyond the model's vocabulary of {vocab:,}")
     return [document]
 
 
-def _chat(value: dict[str, Any], data: DataPart, tokenizer: Tokenizer) -> Document:
+def _chat(value: dict[str, Any], data: DataPart, tokenizer: Tokenizer, texts: AskTexts) -> Document:
     """{"messages": [...], "tools": [...]}: what assistants wrote is learned, but for messages with "mask": 0."""
     messages = value.get("messages")
     if not isinstance(messages, list) or not all(isinstance(item, dict) for item in messages):
         raise Usage('it has no list of "messages"')
     if value.get("tools"):
         messages = _with_tools(messages, value["tools"])
-    pieces = encode_with_spans(messages, data.thinking)
+    needs_texts = any(message.get(key) for message in messages for key in ("tools", "response_format"))
+    pieces = encode_with_spans(messages, data.thinking, texts=texts() if needs_texts else NO_TEXTS)
     labelled = tokenizer.encode_pieces(_unmasked(messages, pieces))
     if not any(labelled.is_assistant):
         raise Usage("no assistant says anything in it")
@@ -166,7 +185,7 @@ def _unmasked(messages: list[Any], pieces: list[Piece]) -> list[Piece]:
     ]
 
 
-def _text(value: dict[str, Any], data: DataPart, tokenizer: Tokenizer) -> Document:  # noqa: ARG001
+def _text(value: dict[str, Any], tokenizer: Tokenizer) -> Document:
     """{"text": "..."}: all of it is learned, and that it ends."""
     text = value.get("text")
     if not isinstance(text, str) or not text:
@@ -175,7 +194,7 @@ def _text(value: dict[str, Any], data: DataPart, tokenizer: Tokenizer) -> Docume
     return Document(array("i", [tokenizer.bos, *ids, tokenizer.eos]), b"\0" + b"\1" * (len(ids) + 1))
 
 
-def _hellaswag(value: dict[str, Any], data: DataPart, tokenizer: Tokenizer) -> Document:  # noqa: ARG001
+def _hellaswag(value: dict[str, Any], tokenizer: Tokenizer) -> Document:
     """The right ending is learned, after its context."""
     context, endings, label = value.get("ctx"), value.get("endings"), value.get("label")
     if isinstance(label, str) and label.isdecimal() and len(label) < 3:

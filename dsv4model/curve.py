@@ -11,6 +11,8 @@ _SERIES = (
     ("loss", "loss", "#1f6feb"),
     ("mtp_loss", "MTP loss", "#d29922"),
     ("eval_loss", "loss, unseen", "#2da44e"),
+    ("indexer", "indexer KL", "#8250df"),
+    ("indexer_uniform", "uniform KL", "#8c959f"),
 )
 _MOST_POINTS = 1000
 
@@ -18,13 +20,13 @@ _MOST_POINTS = 1000
 def svg(lines: Sequence[Mapping[str, Any]], title: str) -> bytes:
     """Losses over steps. lines: of metrics.jsonl, at least one"""
     series = [
-        (label, color, [(line["step"] + 1, line[key]) for line in lines if _is_number(line.get(key))])
+        (label, color, [(line["step"], line[key]) for line in lines if _is_number(line.get(key))])
         for key, label, color in _SERIES
     ]
     series = [
         (label, color, _thinned(points)) for label, color, points in series if any(y for _, y in points)
     ]
-    most_x = max([line["step"] + 1 for line in lines] + [1])
+    most_x = max([line["step"] for line in lines] + [1])
     values = [y for _, _, points in series for _, y in points] or [0.0, 1.0]
     ticks = _ticks(min(values), max(values))
     low, high = ticks[0], ticks[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any, cast
 
@@ -22,6 +23,12 @@ def whole(tensor: Tensor) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """This rank's part."""
     return cast(Tensor, cast(Any, tensor).to_local()) if is_divided(tensor) else tensor
+
+
+def num_holders(tensor: Tensor) -> int:
+    """How many ranks hold the same part of a divided tensor."""
+    mesh, placements = cast(Any, tensor).device_mesh, cast(Any, tensor).placements
+    return math.prod(mesh.size(dim) for dim, item in enumerate(placements) if item.is_replicate())
 
 
 def as_divided(tensor: Tensor, like: Tensor) -> Tensor:

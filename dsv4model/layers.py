@@ -6,7 +6,7 @@ In bfloat16 some parts compute in float32 (the reference's islands): `wide` is t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
@@ -33,11 +33,28 @@ class Module(nn.Module):
     """A module whose intermediate tensors can be watched."""
 
     watcher: Watcher | None = None
+    choices: dict[Module, Tensor] | None = None  # in a block that backward computes again (recompute.py)
 
     def show(self, name: str, value: Tensor | Callable[[], Tensor]) -> None:
         """Hand a tensor to the watcher. A callable is evaluated only if somebody watches."""
         if self.watcher is not None:
             self.watcher(name, value() if callable(value) else value)
+
+    @torch.no_grad()
+    def choose(self, make: Callable[[], Tensor]) -> Tensor:
+        """make(), without gradient; where backward computes it again, what it was on the way forward.
+
+        Once in a forward pass.
+        """
+        if self.choices is None:
+            return make()
+        if self not in self.choices:
+            self.choices[self] = make()
+        return self.choices[self]
+
+    def remaking(self, tensor: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager[None]:
+        """`remade`, but where backward computes the whole block again: what keeps nothing has nothing to spare."""
+        return nullcontext() if self.choices is not None else remade(tensor, make)
 
 
 class Linear(Module):

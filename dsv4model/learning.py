@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from dsv4ckpt.errors import Usage
 
-from .divided import is_divided, local
+from .compressor import Indexer
+from .divided import is_divided, local, num_holders
 from .muon import Muon, has_halves, is_for_muon
-from .recipe import Decay, Optimizer, OptimizerPart
+from .recipe import Decay, LossPart, Optimizer, OptimizerPart, TrainPart, default_of
 
 _NO_DECAY = ("norm", "hc", "hc_head")  # owners whose weights are gains and biases
 
@@ -25,19 +26,20 @@ _NO_DECAY = ("norm", "hc", "hc_head")  # owners whose weights are gains and bias
 def freeze(model: nn.Module, patterns: Iterable[str], *, optional: Container[str] = ()) -> list[str]:
     """Let parameters of these names stay. Returns their names.
 
+    patterns  in order: one that begins with ! takes names out again
     optional  patterns that may fit nothing; for any other that is Usage
     """
     names = dict(model.named_parameters())
-    frozen = set()
+    frozen: set[str] = set()
     for pattern in patterns:
-        found = fnmatch.filter(names, pattern)
+        found = fnmatch.filter(names, pattern.removeprefix("!"))
         if not found and pattern not in optional:
             raise Usage(
                 f"train.freeze: {pattern!r} fits no parameter",
                 expected=f"patterns of names such as {next(iter(names))!r}",
                 do="check the spelling; dsv4 finetune --dry-run lists what learns",
             )
-        frozen |= set(found)
+        frozen = frozen - set(found) if pattern.startswith("!") else frozen | set(found)
     for name in frozen:
         names[name].requires_grad_(False)
     return sorted(frozen)
@@ -49,6 +51,27 @@ def learning(model: nn.Module) -> dict[str, nn.Parameter]:
     if not found:
         raise Usage("no parameter learns", do="look at train.freeze and lora.targets")
     return found
+
+
+def learners(model: nn.Module, train: TrainPart, loss: LossPart) -> dict[str, nn.Parameter]:
+    """What learns of a model that is trained in full, by name; the rest is frozen. raises Usage
+
+    Without a loss of its own an indexer has no gradient: it stays, and has no optimizer state.
+    """
+    patterns = train.freeze if loss.indexer else (*train.freeze, "*.indexer.*")
+    freeze(model, patterns, optional=default_of("train.freeze"))  # there may be no indexer
+    return learning(model)
+
+
+def require_indexers(model: nn.Module, part: LossPart) -> None:
+    """raises Usage: indexers have a loss of their own, and none of them learns"""
+    indexers = [module for module in model.modules() if isinstance(module, Indexer)]
+    if part.indexer and not any(item.requires_grad for module in indexers for item in module.parameters()):
+        raise Usage(
+            "loss.indexer has no indexer that learns",
+            expected="layers with an indexer, which train.freeze leaves out",
+            do="give train.freeze without '*.indexer.*', which is in its default, or leave loss.indexer out",
+        )
 
 
 class Split(NamedTuple):
@@ -88,11 +111,15 @@ def optimizers_of(
         ]
         made.append(Muon(groups, lr=lr, momentum=part.muon_momentum, weight_decay=part.weight_decay))
     plain: list[dict[str, Any]] = [
-        {"params": [parameters[name] for name in names.decayed], "weight_decay": part.weight_decay},
-        {"params": [parameters[name] for name in names.plain], "weight_decay": 0.0},
-    ]
+        {"params": [parameters[name] for name in group if is_divided(parameters[name]) is divided],
+         "weight_decay": decay}
+        for group, decay in ((names.decayed, part.weight_decay), (names.plain, 0.0))
+        for divided in (False, True)  # torch does not step through both kinds together
+    ]  # fmt: skip
     if names.decayed or names.plain:
-        adamw = torch.optim.AdamW(plain, lr=lr, betas=part.betas, eps=part.eps)
+        # fused: one pass over each parameter, several times as fast on a CPU, and no temporaries
+        adamw = torch.optim.AdamW(plain, lr=lr, betas=part.betas, eps=part.eps, fused=True)
+        adamw.register_step_pre_hook(_straighten)
         _materialise(adamw)
         made.append(adamw)
     return made
@@ -104,8 +131,18 @@ def _materialise(adamw: torch.optim.AdamW) -> None:
         for parameter in group["params"]:
             zeros = [torch.zeros_like(parameter, memory_format=torch.preserve_format) for _ in range(2)]
             adamw.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32), "exp_avg": zeros[0], "exp_avg_sq": zeros[1],
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": zeros[0], "exp_avg_sq": zeros[1],
             }  # fmt: skip
+
+
+def _straighten(adamw: torch.optim.Optimizer, *_: Any) -> None:
+    """Lay out gradients as parameters are: a fused step takes both as they lie in memory, and asks for no strides."""
+    for group in adamw.param_groups:
+        for parameter in group["params"]:
+            assert parameter.is_contiguous()
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.contiguous()  # itself, if it is
 
 
 def optimizer_tensors(
@@ -133,26 +170,35 @@ def rate(step: int, num_steps: int, part: OptimizerPart, lr: float) -> float:
 
 
 @torch.no_grad()
-def clip(
-    parameters: Iterable[nn.Parameter], most: float, total: Callable[[Tensor], Tensor] = lambda value: value
+def gradient_norm(
+    parameters: Iterable[nn.Parameter], total: Callable[[Tensor], Tensor] = lambda squares: squares
 ) -> Tensor:
-    """Scale all gradients so that their norm together is at most this; 0: only measure.
+    """The norm of all gradients together, float32; not finite if one of them is not.
 
-    total    the sum over ranks, for gradients of which each rank has a part
-    returns  the norm before, float32; not finite if a gradient is not
+    total  squares of the norms of gradients of which this rank has a part, and of those that it has whole, [2] -> both
+           over all ranks
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    parts = [torch.linalg.vector_norm(local(grad), dtype=torch.float32) for grad in grads]
-    divided = [part for part, grad in zip(parts, grads, strict=True) if is_divided(grad)]
-    norms = [part for part, grad in zip(parts, grads, strict=True) if not is_divided(grad)]
-    if divided:
-        norms.append(total(torch.stack(divided).square().sum()).sqrt())
-    norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-    if most:
-        factor = (most / (norm + 1e-6)).clamp(max=1.0)
-        for grad in grads:
-            grad.mul_(factor.to(grad.dtype))
-    return norm
+    squares = torch.zeros(2)
+    for grad in grads:
+        norm = torch.linalg.vector_norm(local(grad), dtype=torch.float32)
+        square = norm.square().cpu()
+        if is_divided(grad):
+            squares[0] += square / num_holders(grad)
+        else:
+            squares[1] += square
+    return total(squares).sum().sqrt()
+
+
+@torch.no_grad()
+def clip(parameters: Iterable[nn.Parameter], norm: Tensor, most: float) -> None:
+    """Scale gradients of which this is the norm so that it is at most that; 0: leave them."""
+    if not most:
+        return
+    factor = (most / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor.to(parameter.grad.device, parameter.grad.dtype))
 
 
 def set_rate(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:

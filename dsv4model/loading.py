@@ -6,6 +6,7 @@ A model is complete or there is none: what does not fit is refused from headers,
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Container
 from typing import Literal
@@ -26,6 +27,7 @@ from dsv4ckpt.values import Values
 from .config import Config
 from .layers import dtype_name
 from .model import Model, dtype_of
+from .moe import Experts
 from .packed import SCALES, pack_modules
 from .simulate import Simulation
 
@@ -40,6 +42,7 @@ def load(
     simulation: Simulation | None = None,
     *,
     follow_links: bool = False,
+    part: tuple[int, int] = (0, 1),
 ) -> Model:
     """The model that a checkpoint holds, in evaluation mode, all floating parameters with requires_grad.
 
@@ -49,6 +52,8 @@ def load(
     experts     "packed": every matrix that the checkpoint quantizes stays codes and scales (packed.py), so that the
                 model takes the memory of its files; only what stays is trained
     simulation  what of the reference's quantization a forward pass imitates
+    part        which part of the routed experts is loaded, of how many, which divides them; the module then needs an
+                Experts.elsewhere to be called
     memory      the model and less than 64 MB
     returns     model.unused names the checkpoint's tensors that are no part of it: DSpark stages, and Base's copies of
                 embed and head, of which model.notes tells if they differ
@@ -81,7 +86,10 @@ def load(
         values = Values(found, reader)
         for name in wanted:
             if not name.endswith(SCALES):
-                _fill(model, layout, name, values, dtype, torch.device(device))
+                _fill(model, layout, name, values, dtype, torch.device(device), part)
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.part = part
     return model.eval()
 
 
@@ -161,10 +169,16 @@ def unused_tensors(found: Survey, layout: Layout, wanted: Container[str]) -> tup
 
 
 def _fill(
-    model: Model, layout: Layout, name: str, values: Values, dtype: torch.dtype, device: torch.device
+    model: Model,
+    layout: Layout,
+    name: str,
+    values: Values,
+    dtype: torch.dtype,
+    device: torch.device,
+    experts: tuple[int, int],
 ) -> None:
     """Allocate a parameter or buffer, with its scales if it has some, and fill it part by part."""
-    stored = layout.stored[name]
+    stored = _of_experts(layout.stored[name], experts)
     if layout.quant(stored.parts[0].logical) is None:
         kind = stored.parts[0].logical.kind
         held = torch.int64 if kind is Kind.I64 else dtype_of(name, dtype)
@@ -174,14 +188,25 @@ def _fill(
         _put(model, name, tensor)
         return
     scales_name = layout.scales[stored.parts[0].logical.name][0]
-    grids = layout.stored[scales_name]
-    blank = model.get_buffer(name), model.get_buffer(scales_name)
-    codes, scales = (torch.empty_like(buffer, device=device) for buffer in blank)
+    grids = _of_experts(layout.stored[scales_name], experts)
+    codes = torch.empty(stored.shape, dtype=model.get_buffer(name).dtype, device=device)
+    scales = torch.empty(grids.shape, dtype=model.get_buffer(scales_name).dtype, device=device)
     for part in stored.parts:
         mine = part.logical.name
         values.fill_raw(mine, rows_of(codes, stored, mine), rows_of(scales, grids, mine))
     _put(model, name, codes)
     _put(model, scales_name, scales)
+
+
+def _of_experts(stored: Stored, part: tuple[int, int]) -> Stored:
+    """The part of a tensor of all experts, [E, R, C]; any other as it is."""
+    number, count = part
+    if len(stored.shape) < 3 or count == 1:
+        return stored
+    experts, rows, cols = stored.shape
+    first, last = (experts // count * rows * edge for edge in (number, number + 1))
+    parts = [one._replace(begin=one.begin - first) for one in stored.parts if first <= one.begin < last]
+    return dataclasses.replace(stored, shape=(experts // count, rows, cols), parts=parts)
 
 
 def rows_of(tensor: Tensor, stored: Stored, logical: str) -> Tensor:

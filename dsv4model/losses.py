@@ -93,6 +93,21 @@ def balance(scores_TE: Tensor, ids_TK: Tensor, documents_T: Tensor) -> Tensor:
     return ((load_DE * mean_DE).sum(-1) * length_D).sum()
 
 
+@torch.no_grad()
+def router_sums(scores_TE: Tensor, documents_T: Tensor) -> Tensor:
+    """How large a router's logits are, and how even its affinities: to be looked at, not learned.
+
+    scores_TE    affinities, float32: sqrt(softplus(logits)), from which the logits come back to 1e-6
+    documents_T  a negative number: the token does not count
+    returns      float32 [2], sums over tokens: logsumexp(logits) ** 2, and the entropy of the normalised affinities
+    """
+    scores = scores_TE[documents_T >= 0]
+    softplus = scores.square()
+    logits = softplus + torch.log(-torch.expm1(-softplus))  # of exp(softplus) - 1, which would overflow
+    shares = scores / scores.sum(-1, keepdim=True)
+    return torch.stack((logits.logsumexp(-1).square().sum(), torch.special.entr(shares).sum()))
+
+
 def bias_steps(load_E: Tensor, step: float) -> Tensor:
     """How an aux-free selection bias moves: up for experts with less than the mean load, down for those with more.
 

@@ -14,12 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import recompute
 from .attention import Attention, Setting
 from .cache import Cache, LayerCache
 from .config import Config, is_kept_wide
 from .given import Given
 from .hyper import HyperConnection, HyperHead, collapse, spread
-from .layers import Linear, Module, RMSNorm, WideLinear, remade
+from .layers import Linear, Module, RMSNorm, WideLinear
 from .moe import MoE
 from .packing import shifted_left
 from .simulate import Simulation
@@ -35,7 +36,12 @@ class Output(NamedTuple):
 
 
 class Block(Module):
-    """One layer: attention, then experts, each between two mixings of the streams."""
+    """One layer: attention, then experts, each between two mixings of the streams.
+
+    recomputes  backward computes it once more, and only its inputs are kept until then (recompute.py)
+    """
+
+    recomputes = False
 
     def __init__(
         self, config: Config, *, ratio: int, layer: int, hashes: bool, simulation: Simulation
@@ -51,10 +57,17 @@ class Block(Module):
     def forward(
         self, streams_BSJH: Tensor, token_ids: Tensor | None, setting: Setting, cache: LayerCache | None
     ) -> Tensor:
+        if self.recomputes and torch.is_grad_enabled():
+            return recompute.made_again(self, self._through, streams_BSJH, token_ids, setting, cache)
+        return self._through(streams_BSJH, token_ids, setting, cache)
+
+    def _through(
+        self, streams_BSJH: Tensor, token_ids: Tensor | None, setting: Setting, cache: LayerCache | None
+    ) -> Tensor:
         x, *mixes = self._read(self.attn_hc, self.input_layernorm, streams_BSJH)
         out = self.self_attn(x, setting, cache)
         between = spread(out, streams_BSJH, *mixes)
-        with remade(between, lambda: spread(out, streams_BSJH, *mixes)):
+        with self.remaking(between, lambda: spread(out, streams_BSJH, *mixes)):
             x, *more = self._read(self.ffn_hc, self.post_attention_layernorm, between)
             streams = spread(self.mlp(x, token_ids), between, *more)
         self.show("out", streams)
@@ -113,22 +126,30 @@ class Backbone(Module):
 
     def forward(
         self,
-        embedded_BSH: Tensor,
+        streams_BSJH: Tensor,
         token_ids: Tensor | None,
         settings: dict[int, Setting],
         caches: Iterable[LayerCache | None],
         ratios: tuple[int, ...],
-    ) -> tuple[Tensor, Tensor]:
-        """The last streams [B, S, J, H], and what the head takes [B, S, H]."""
-        self.show("embed", embedded_BSH)
-        streams = embedded_BSH.unsqueeze(2).expand(-1, -1, self.num_streams, -1)
+    ) -> Tensor:
+        """Streams [B, S, J, H] through the layers that are here: others are another rank's (pipeline.py)."""
         for block, ratio, cache in zip(self.layers, ratios, caches, strict=True):
-            streams = block(streams, token_ids, settings[ratio], cache)
-        collapsed = self.hc_head(streams)
+            if isinstance(block, Block):
+                streams_BSJH = block(streams_BSJH, token_ids, settings[ratio], cache)
+        return streams_BSJH
+
+    def spread(self, embedded_BSH: Tensor) -> Tensor:
+        """The first streams [B, S, J, H]."""
+        self.show("embed", embedded_BSH)
+        return embedded_BSH.unsqueeze(2).expand(-1, -1, self.num_streams, -1)
+
+    def collapsed(self, streams_BSJH: Tensor) -> Tensor:
+        """What the head takes of the last streams, [B, S, H]."""
+        collapsed = self.hc_head(streams_BSJH)
         self.show("final.collapsed", collapsed)
-        normed = self.norm(collapsed)
+        normed: Tensor = self.norm(collapsed)
         self.show("final.norm", normed)
-        return streams, normed
+        return normed
 
 
 class Embedding(Module):
@@ -178,14 +199,15 @@ class Model(Module):
         """
         given = Given(input_ids, next_ids, documents, cache, inputs_embeds)
         passed = self._through(given)
-        logits = self.lm_head(passed.hidden)
+        hidden = self.model.collapsed(passed.streams)
+        logits = self.lm_head(hidden)
         self.show("logits", logits)
         mtp_hidden, mtp_logits = self._ahead(given, passed), None
         if mtp_hidden is not None:
             mtp_logits = self.lm_head(mtp_hidden)
             self.show("mtp.0.logits", mtp_logits)
         if cache is not None:
-            cache.grow(passed.hidden.shape[:2], with_mtp=mtp_logits is not None)
+            cache.grow(hidden.shape[:2], with_mtp=mtp_logits is not None)
         return Output(logits, mtp_logits)
 
     def hidden(
@@ -194,17 +216,33 @@ class Model(Module):
         """What the head takes for both logits, [B, S, H]: for losses that never have all logits. Else as forward."""
         given = Given(input_ids, next_ids, documents, None, None)
         passed = self._through(given)
-        return passed.hidden, self._ahead(given, passed)
+        return self.model.collapsed(passed.streams), self._ahead(given, passed)
 
-    def _through(self, given: Given) -> _Passed:
-        """Embedding and layers."""
-        packing = given.packing(self.config, self.model.embed_tokens.weight.dtype)
-        x = self.model.embed_tokens(given.input_ids) if given.inputs_embeds is None else given.inputs_embeds
+    def stage(
+        self, input_ids: Tensor, next_ids: Tensor, documents: Tensor, streams: Tensor | None
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """As `hidden`, of a model that has some of the layers only: one stage of a pipeline.
+
+        streams  [B, S, J, H] of the stage before; None: this is the first
+        returns  streams for the next stage; of the last one, what `hidden` gives
+        """
+        given = Given(input_ids, next_ids, documents, None, None)
+        passed = self._through(given, streams)
+        if not isinstance(self.model.layers[-1], Block):
+            return passed.streams
+        return self.model.collapsed(passed.streams), self._ahead(given, passed)
+
+    def _through(self, given: Given, streams: Tensor | None = None) -> _Passed:
+        """Embedding, unless there are streams already, and layers."""
+        dtype = self.model.embed_tokens.weight.dtype if streams is None else streams.dtype
+        packing = given.packing(self.config, dtype)
+        if streams is None:
+            embeds = given.inputs_embeds
+            streams = self.model.spread(self.model.embed_tokens(given.input_ids) if embeds is None else embeds)
         ratios = self.config.compress_ratios
-        settings = {r: Setting.of(self.config, r, packing, x.dtype) for r in {0, *ratios}}
+        settings = {r: Setting.of(self.config, r, packing, streams.dtype) for r in {0, *ratios}}
         caches: Iterable[LayerCache | None] = given.cache.layers if given.cache else [None] * len(ratios)
-        streams, hidden = self.model(x, given.input_ids, settings, caches, ratios)
-        return _Passed(streams, hidden, settings[0])
+        return _Passed(self.model(streams, given.input_ids, settings, caches, ratios), settings[0])
 
     def _ahead(self, given: Given, passed: _Passed) -> Tensor | None:
         """What the head takes from the MTP block. None: there is none, or it was given no next tokens."""
@@ -223,7 +261,6 @@ class _Passed(NamedTuple):
     """What came out of the layers."""
 
     streams: Tensor  # [B, S, J, H]
-    hidden: Tensor  # [B, S, H] collapsed and normed
     setting: Setting  # of a layer without compression
 
 

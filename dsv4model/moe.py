@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .config import Config
+from .divided import local
 from .layers import Linear, Module, Prepare, linear_wide, recomputed, wide
 from .simulate import Simulation, fp4_weight
 
@@ -55,7 +56,8 @@ class Router(Module):
             assert token_ids_T is not None  # Model asks for them
             ids_TK = self.tid2eid[token_ids_T]
         else:  # the bias selects, and never weighs
-            ids_TK = (scores_TE + self.e_score_correction_bias).topk(self.count, -1, sorted=False).indices
+            selecting_TE = scores_TE + self.e_score_correction_bias
+            ids_TK = self.choose(lambda: selecting_TE.topk(self.count, -1, sorted=False).indices)
         if self.tap is not None:
             self.tap(scores_TE, ids_TK)
         chosen = scores_TE.gather(1, ids_TK)
@@ -136,6 +138,8 @@ class Pairs(NamedTuple):
         return cls(place // ids_TK.shape[1], place, back, ends, ids_TK.shape[1])
 
 
+Here = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [T, H], ids [T, K], weights [T, K] -> float32 [T, H]
+Elsewhere = Callable[[Tensor, Tensor, Tensor, Here], Tensor]
 Product = Callable[
     [Tensor, "Pairs"], Tensor
 ]  # rows of a pair [P, in], each times its expert's matrix -> [P, out]
@@ -152,10 +156,15 @@ class Experts(Module):
     """All routed experts of a layer: gate_up_proj [E, 2I, H], rows of the gate first; down_proj [E, H, I].
 
     gate_up_adapter, down_adapter  what is added to each (adapters.py)
+    part                           which part of the experts is here, of how many
+    elsewhere                      takes tokens to the ranks that keep their experts, if these are not all here
+                                   (expert_parallel.py)
     """
 
     gate_up_adapter: nn.Module | None
     down_adapter: nn.Module | None
+    part: tuple[int, int] = (0, 1)
+    elsewhere: Elsewhere | None = None
 
     def __init__(self, config: Config, simulation: Simulation) -> None:
         super().__init__()
@@ -168,8 +177,13 @@ class Experts(Module):
 
     def forward(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The sum over each token's experts, float32 [T, H]."""
-        gate_up: Tensor = self.gate_up_proj
-        down: Tensor = self.down_proj
+        if self.elsewhere is None:
+            return self.here(x_TH, ids_TK, weights_TK)
+        return self.elsewhere(x_TH, ids_TK, weights_TK, self.here)
+
+    def here(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The same for the experts that this process keeps."""
+        gate_up, down = local(self.gate_up_proj), local(self.down_proj)
         if self.simulation.experts_fp4:
             gate_up, down = fp4_weight(gate_up), fp4_weight(down)
         by_expert = grouped if can_group(x_TH, gate_up, down) else looped
@@ -190,7 +204,7 @@ def routed(x_TH: Tensor, pairs: Pairs, weights_TK: Tensor, up: Product, down: Pr
 
     def inner(x_TH: Tensor, weights_TK: Tensor) -> Tensor:
         weight_P1 = weights_TK.flatten()[pairs.place, None]
-        inner_PI = swiglu(up(_Dispatch.apply(as_read(x_TH), pairs), pairs), limit, weight_P1)
+        inner_PI = swiglu(up(dispatched(as_read(x_TH), pairs), pairs), limit, weight_P1)
         return as_read(inner_PI.to(x_TH.dtype))
 
     def through(x_TH: Tensor, weights_TK: Tensor) -> Tensor:
@@ -201,12 +215,23 @@ def routed(x_TH: Tensor, pairs: Pairs, weights_TK: Tensor, up: Product, down: Pr
         if keeps_inner
         else recomputed(through, x_TH, weights_TK)
     )
-    out: Tensor = _Collect.apply(kept, pairs)
+    return collected(kept, pairs)
+
+
+def dispatched(x_TC: Tensor, pairs: Pairs) -> Tensor:
+    """Tokens [T, C] -> pairs [P, C]."""
+    out: Tensor = _Dispatch.apply(x_TC, pairs)
+    return out
+
+
+def collected(x_PC: Tensor, pairs: Pairs) -> Tensor:
+    """Pairs [P, C] -> the sum of each token's, float32 [T, C]."""
+    out: Tensor = _Collect.apply(x_PC, pairs)
     return out
 
 
 class _Dispatch(torch.autograd.Function):
-    """Tokens [T, C] -> pairs [P, C].  Backward sums in a fixed order, which index_put does not."""
+    """Backward sums in a fixed order, which index_put does not."""
 
     @staticmethod
     def forward(ctx: Any, x_TC: Tensor, pairs: Pairs) -> Tensor:
@@ -220,7 +245,7 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Collect(torch.autograd.Function):
-    """Pairs [P, C] -> the sum of each token's, float32 [T, C]: the transpose of _Dispatch."""
+    """The transpose of _Dispatch."""
 
     @staticmethod
     def forward(ctx: Any, x_PC: Tensor, pairs: Pairs) -> Tensor:

@@ -14,9 +14,10 @@ from dsv4ckpt.formats import Storage
 from dsv4ckpt.inventory import Layout
 from dsv4ckpt.survey import Survey
 
-from . import adapters, learning, recipe
+from . import adapters, learning
 from .config import Config
 from .loading import model_layout, quantized_modules
+from .masters import WIDE, has_master
 from .model import Model, dtype_of
 from .packed import pack_modules
 from .recipe import Recipe, Train
@@ -38,7 +39,8 @@ class Outlook(NamedTuple):
     num_muon: int  # of these; AdamW trains the others
     weight_bytes: int
     gradient_bytes: int
-    optimizer_bytes: int
+    optimizer_bytes: int  # state, and masters
+    offloaded_bytes: int  # of gradients and optimizer, what is in the CPU's memory wherever the model is
 
     @property
     def bytes(self) -> int:
@@ -63,14 +65,21 @@ def outlook(made: Recipe, found: Survey, config: Config) -> Outlook:
         chosen = Counter({"adapters": sum(parameter.numel() for parameter in learners.values())})
         total += chosen
     else:
-        learning.freeze(model, made.train.freeze, optional=recipe.default_of("train.freeze"))
-        learners = learning.learning(model)
+        learners = learning.learners(model, made.train, made.loss)
+        learning.require_indexers(model, made.loss)
         chosen = _grouped(layout, {name: parameter.numel() for name, parameter in learners.items()})
     state = model.state_dict()
     wide = {name: _wide(name, tensor, dtype) for name, tensor in state.items()}
     names = learning.split(learners, made.optimizer.kind)
     muon = {name: learners[name] for name in names.muon}
-    bytes_of = {name: learners[name].numel() * wide[name].itemsize for name in learners}
+    narrow = {name for name in learners if made.optimizer.masters and has_master(wide[name])}
+    bytes_of = {  # of a gradient, or of a moment
+        name: parameter.numel() * (WIDE if name in narrow else wide[name]).itemsize
+        for name, parameter in learners.items()
+    }
+    state_of = {
+        name: size * ((1 if name in muon else 2) + (name in narrow)) for name, size in bytes_of.items()
+    }
     groups = tuple(
         Group(name, total[name], chosen[name]) for name in sorted(total, key=lambda name: -total[name])
     )
@@ -80,7 +89,8 @@ def outlook(made: Recipe, found: Survey, config: Config) -> Outlook:
         num_muon=sum(parameter.numel() for parameter in muon.values()),
         weight_bytes=sum(tensor.numel() * wide[name].itemsize for name, tensor in state.items()),
         gradient_bytes=sum(bytes_of.values()),
-        optimizer_bytes=sum(size * (1 if name in muon else 2) for name, size in bytes_of.items()),
+        optimizer_bytes=sum(state_of.values()),
+        offloaded_bytes=sum(bytes_of[name] + state_of[name] for name in narrow if made.optimizer.offload),
     )
 
 

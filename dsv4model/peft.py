@@ -16,8 +16,8 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Container
-from typing import Any, NoReturn
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dsv4ckpt import contained, formats, outdir, probe, shard, strictjson
 from dsv4ckpt.errors import BadConfig, ForeignOutput, MissingFile, NotConform, NotFinite, Usage
 from dsv4ckpt.formats import Shape
+from dsv4ckpt.outdir import OutDir
 from dsv4ckpt.shard import Entry
 
 from .adapters import Adapter, Place, attached, dtype_in, places, put, require_none
@@ -59,9 +60,8 @@ def _key(owner: str, side: str) -> str:
     return f"{_ROOT}{owner}.lora_{side}.weight"
 
 
-def _stored(adapter: Adapter) -> tuple[Tensor, Tensor]:
+def _stored(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
     """A [E * r, C], expert by expert, and B [R, r * E], rank by rank."""
-    lora_A, lora_B = adapter.lora_A.detach(), adapter.lora_B.detach()
     if lora_A.dim() == 2:
         return lora_A, lora_B
     return lora_A.flatten(0, 1), lora_B.permute(1, 2, 0).flatten(1)
@@ -87,44 +87,103 @@ def _shapes(place: Place, rank: int) -> tuple[Shape, Shape]:
 
 # ---- writing
 
+Values = Callable[[Place], tuple[Tensor, Tensor]]  # an adapter's A and B
+
+
+class Files(NamedTuple):
+    """What is to be written, but for the values."""
+
+    places: tuple[Place, ...]  # in the order of their tensors
+    header: bytes
+    config: bytes
+    data_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.config) + self.tensors_bytes
+
+    @property
+    def tensors_bytes(self) -> int:
+        return len(self.header) + self.data_bytes
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.config + self.header).hexdigest()
+
+
+def files_of(adapters: Mapping[str, Place], base_name: str) -> Files:
+    """From names, shapes and dtypes: the adapters may be on the meta device.
+
+    adapters   places that have one, one or more, by the names of their weights
+    base_name  what PEFT loads the base from: a repository or a directory
+    """
+    listed: list[tuple[str, str, Shape]] = []
+    for name, place in adapters.items():
+        assert place.adapter is not None
+        shapes = zip("AB", _shapes(place, place.adapter.rank), strict=True)
+        dtype = DTYPES[place.adapter.lora_A.dtype]
+        listed += [(_key(_owner(name, adapters), side), dtype, shape) for side, shape in shapes]
+    places = tuple(adapters.values())
+    return Files(
+        places=places,
+        header=shard.encode_header(listed, {"format": "pt"}),
+        config=strictjson.pretty(_config(places, base_name)),
+        data_bytes=sum(formats.stored_bytes(dtype, shape) for _, dtype, shape in listed),
+    )
+
+
+def write_files(
+    files: Files, out: OutDir, values: Values, on_bytes: Callable[[int], None] = lambda count: None
+) -> None:
+    """Both files, the config last, but for those that an earlier run has finished. One adapter is held at a time.
+
+    on_bytes  told of bytes that are on their way
+    raises    NotFinite, Environment, and whatever `values` raises
+    """
+    if TENSORS_NAME not in out.finished:
+        with out.new_file(TENSORS_NAME, files.tensors_bytes) as sink:
+            sink.write(files.header)
+            for place in files.places:
+                for tensor in _stored(*values(place)):
+                    if not tensor.isfinite().all():
+                        raise NotFinite(
+                            f"the adapter of {place.name!r} holds NaN or infinity",
+                            do="take an earlier checkpoint",
+                        )
+                    sink.write(_bytes(tensor))
+                    on_bytes(tensor.nbytes)
+    if CONFIG_NAME not in out.finished:
+        out.publish_bytes(CONFIG_NAME, files.config)
+
 
 def save_adapters(model: nn.Module, path: str | os.PathLike[str], base_name: str) -> None:
     """Write a model's adapters into a new directory.
 
     base_name  what PEFT loads the base from: a repository or a directory
-    raises     Usage if there are no adapters; ForeignOutput if something is there; NoSpace, Environment
+    raises     Usage if there are no adapters; ForeignOutput if something is there; NotFinite, NoSpace, Environment
     """
-    adapters = {place.name: (place, adapter) for place, adapter in attached(model).items()}
+    adapters = {place.name: place for place in attached(model)}
     if not adapters:
         raise Usage("the model has no adapters", do="attach some, or save the model itself")
-    path = os.fspath(path)
+    files, path = files_of(adapters, base_name), os.fspath(path)
     if probe.is_there(path):
         raise ForeignOutput(
             "adapters are written into a new directory, and this one is there",
             found=repr(os.path.basename(os.path.normpath(path))),
             do="choose another name, or remove it",
         )
-    tensors = {
-        _key(_owner(name, adapters), side): tensor
-        for name, (_, adapter) in adapters.items()
-        for side, tensor in zip("AB", _stored(adapter), strict=True)
-    }
-    listed = [(key, DTYPES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()]
-    header = shard.encode_header(listed, {"format": "pt"})
-    size = len(header) + sum(tensor.nbytes for tensor in tensors.values())
-    config = strictjson.pretty(_config([place for place, _ in adapters.values()], base_name))
-    outdir.require_space(path, size, what="adapters", do="make room, or choose another disk")
-    key = hashlib.sha256(config + header).hexdigest()
-    with outdir.open_outdir(path, key, {CONFIG_NAME, TENSORS_NAME}) as out:
-        with out.new_file(TENSORS_NAME, size) as sink:
-            sink.write(header)
-            for tensor in tensors.values():
-                sink.write(_bytes(tensor))
-        out.publish_bytes(CONFIG_NAME, config)
+    outdir.require_space(path, files.num_bytes, what="adapters", do="make room, or choose another disk")
+    with outdir.open_outdir(path, files.sha256, {CONFIG_NAME, TENSORS_NAME}) as out:
+        write_files(files, out, _of_model)
         out.clean()
 
 
-def _config(adapted: list[Place], base_name: str) -> dict[str, Any]:
+def _of_model(place: Place) -> tuple[Tensor, Tensor]:
+    assert place.adapter is not None
+    return place.adapter.lora_A.detach(), place.adapter.lora_B.detach()
+
+
+def _config(adapted: Sequence[Place], base_name: str) -> dict[str, Any]:
     adapter = adapted[0].adapter
     assert adapter is not None
     modules, parameters = [], []

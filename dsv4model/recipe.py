@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 from dsv4ckpt.errors import Usage
 
 MAX_RECIPE_BYTES = 1024 * 1024
+LOGGERS = ("tensorboard", "wandb", "trackio")
 _Part = TypeVar("_Part")
 
 
@@ -39,6 +40,20 @@ class Kind(StrEnum):
 class Optimizer(StrEnum):
     ADAMW = "adamw"
     MUON = "muon"
+
+
+class Recompute(StrEnum):
+    """What backward computes again instead of keeping it."""
+
+    NONE = "none"
+    BLOCKS = "blocks"
+
+
+class Entries(StrEnum):
+    """Which of them an indexer learns from."""
+
+    SPARSE = "sparse"
+    DENSE = "dense"
 
 
 class Decay(StrEnum):
@@ -78,8 +93,13 @@ class TrainPart:
     micro_rows: int = key("rows in a forward pass; gradients are summed over the others", 1, "rows")
     seed: int = key("of the order of data, adapters and initial weights", 0)
     freeze: tuple[str, ...] = key(
-        "patterns of parameters that stay: SFT leaves routers and indexers as they are",
+        "patterns of parameters that stay, and !patterns of those that learn nevertheless: SFT leaves routers and "
+        "indexers as they are",
         ("*.mlp.gate.*", "*.indexer.*"),
+    )
+    recompute: Recompute = key(
+        "blocks: backward computes each layer again, with the same experts; less memory, more time",
+        Recompute.NONE,
     )
     qat: bool = key(
         "routed experts through FP4 in the forward pass: what is exported is what was trained", False
@@ -91,7 +111,7 @@ class DataPart:
     """[data]"""
 
     files: tuple[str, ...] = key(
-        "JSON lines, or for tokens files of numbers; read in this order", unit="paths"
+        "JSON lines, or datasets:NAME@SPLIT as the library datasets has it; read in this order", unit="paths"
     )
     kind: Kind = key(
         "chat: messages; text: a text each; tokens: ids each; hellaswag: as published", Kind.CHAT
@@ -117,6 +137,10 @@ class OptimizerPart:
     betas: tuple[float, float] = key("decay of the moments (paper)", (0.9, 0.95))
     eps: float = key("AdamW's; the paper trains with 1e-20, far below float32's use in the wild", 1e-8)
     weight_decay: float = key("per step and unit of lr; not on norms, biases and scales", 0.0)
+    masters: bool = key(
+        "move float32 copies of bfloat16 weights, which are then rounded: small steps add up", False
+    )
+    offload: bool = key("masters and their optimizer state in the CPU's memory", False)
     clip: float = key("largest norm of all gradients together; 0: none", 1.0)
     decay: Decay = key("of lr after the warm-up", Decay.COSINE)
     warmup: int = key("steps with a rising lr", 0, "steps")
@@ -133,6 +157,23 @@ class LossPart:
         "weight of the sequence-wise balance loss of each router that learns (paper: 1e-4)", 0.0
     )
     bias_update: float = key("step of the selection bias against load (paper: 1e-3); 0 for SFT", 0.0)
+    indexer: float = key(
+        "weight of the indexers' own loss, KL from where attention looks (DeepSeek-V3.2: 1); they must learn",
+        0.0,
+    )
+    indexer_entries: Entries = key(
+        "what it is over: sparse, the entries that are picked; dense, all of them, and attention sees all (warm-up)",
+        Entries.SPARSE,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelPart:
+    """[parallel]: how several ranks divide what one has alone; rows are divided over what is left of them"""
+
+    experts: int = key("parts that the routed experts are divided into, tokens go between", 1, "ranks")
+    stages: int = key("parts that the layers are divided into, one after the other", 1, "ranks")
+    layers: tuple[int, ...] = key("layers of each stage; empty: as even as can be", (), "layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +194,7 @@ class CheckpointPart:
 
     every: int = key("steps between checkpoints; 0: only at the end and when stopped", 0, "steps")
     keep: int = key("how many stay; older ones are removed once a newer is whole", 2)
+    background: bool = key("write while training goes on; takes CPU memory for a copy of the state", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +203,10 @@ class LogPart:
 
     every: int = key("steps between lines", 1, "steps")
     eval_every: int = key("steps between looks at data.eval_files; 0: at the end", 0, "steps")
+    to: tuple[str, ...] = key(
+        "who gets the metrics too, if installed: tensorboard, wandb, trackio; metrics.jsonl is always there", ()
+    )
+    project: str = key("of wandb and trackio: where the run belongs", "dsv4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +219,7 @@ class Recipe:
     optimizer: OptimizerPart = OptimizerPart()
     loss: LossPart = LossPart()
     lora: LoraPart = LoraPart()
+    parallel: ParallelPart = ParallelPart()
     checkpoint: CheckpointPart = CheckpointPart()
     log: LogPart = LogPart()
 
@@ -351,17 +398,21 @@ def _require_sound(recipe: Recipe) -> None:
     _require_one_of("data.too_long", data.too_long, ("split", "cut", "skip", "refuse"))
     _require_one_of("data.bad_lines", data.bad_lines, ("refuse", "skip"))
     _require_one_of("data.thinking", data.thinking, ("chat", "thinking"))
+    for name in recipe.log.to:
+        _require_one_of("log.to", name, LOGGERS)
     for name in (
         "train.steps",
         "train.rows",
         "train.micro_rows",
+        "parallel.experts",
+        "parallel.stages",
         "lora.rank",
         "checkpoint.keep",
         "log.every",
     ):
         _require(_of(recipe, name) >= 1, name, "1 or more", _of(recipe, name))
     for name in ("optimizer.weight_decay", "optimizer.clip", "optimizer.warmup", "optimizer.least", "optimizer.eps",
-                 "loss.mtp", "loss.balance", "loss.bias_update", "checkpoint.every",
+                 "loss.mtp", "loss.balance", "loss.bias_update", "loss.indexer", "checkpoint.every",
                  "log.eval_every", "train.seed"):  # fmt: skip
         _require(_of(recipe, name) >= 0, name, "0 or more", _of(recipe, name))
     _require(data.length >= 2, "data.length", "2 or more", data.length)
@@ -379,6 +430,30 @@ def _require_sound(recipe: Recipe) -> None:
         )
     if model.initialize and (is_lora or model.experts == "packed"):
         raise Usage("random weights are trained in full", expected='train.what = "full"', do="leave one out")
+    if recipe.loss.indexer and is_lora:
+        raise Usage(
+            "loss.indexer moves the indexers themselves", expected='train.what = "full"', do="leave one out"
+        )
+    if recipe.loss.indexer_entries is Entries.DENSE and not recipe.loss.indexer:
+        raise Usage(
+            'loss.indexer_entries="dense" is for indexers that learn',
+            expected="loss.indexer above 0",
+            do="give it a weight, such as loss.indexer=1.0, or leave both out",
+        )
+    if recipe.optimizer.masters and (is_lora or model.dtype != "bfloat16"):
+        raise Usage(
+            "optimizer.masters has nothing to copy: what is trained is float32",
+            expected='model.dtype = "bfloat16" and train.what = "full"',
+            do="leave it out",
+        )
+    if recipe.optimizer.offload and not recipe.optimizer.masters:
+        raise Usage("optimizer.offload moves masters", expected="optimizer.masters = true", do="give both")
+    if recipe.optimizer.offload and recipe.optimizer.kind is Optimizer.MUON:
+        raise Usage(
+            "Muon multiplies matrices, which a CPU is too slow for",
+            expected='optimizer.kind = "adamw"',
+            do="leave optimizer.offload out",
+        )
     if train.qat and is_lora:
         raise Usage(
             "train.qat moves the experts themselves", expected='train.what = "full"', do="leave one out"

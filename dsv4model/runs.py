@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -34,9 +34,10 @@ from dsv4ckpt.ranks import ALONE, Ranks
 from dsv4ckpt.shard import read_exactly
 from dsv4ckpt.stop import StopFlag
 
-RECIPE, METRICS, CHECKPOINTS, LATEST, ABOUT = (
+RECIPE, METRICS, LOGGERS, CHECKPOINTS, LATEST, ABOUT = (
     "recipe.json",
     "metrics.jsonl",
+    "loggers.json",
     "checkpoints",
     "latest",
     "run.json",
@@ -67,13 +68,7 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Make the directory if need be, and keep other trainers out. raises Busy, Environment"""
         with _errors(self.path):
-            names = set(os.listdir(self.path)) if os.path.isdir(self.path) else set()
-            if RECIPE not in names and names - {_LOCK, CHECKPOINTS}:
-                raise ForeignOutput(
-                    "the run's directory holds something else",
-                    file=os.path.basename(os.path.normpath(self.path)),
-                    do="name a new directory as train.run, or the one of a run to continue",
-                )
+            self._require_ours()
             make_directory(os.path.join(self.path, CHECKPOINTS))
             fd = os.open(os.path.join(self.path, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -110,12 +105,25 @@ class RunDirectory:
                 "a checkpoint of this step is there already", file=final, do="nothing is written over it"
             )
         with _errors(self.path):
-            writer = FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
-            save(dict(tensors), storage_writer=writer, no_dist=self._ranks.size == 1)
+            self._write_tensors(temporary, tensors)
             if self._ranks.rank == 0:
                 self._publish(step, temporary, final, about)
         self._ranks.meet(StopFlag())
         return Checkpoint(step, final)
+
+    def _write_tensors(self, directory: str, tensors: Mapping[str, Tensor]) -> None:
+        """raises OSError; Environment for what torch makes of it"""
+        writer = FileSystemWriter(directory, single_file_per_rank=True, sync_files=True)
+        ranks = self._ranks
+        try:
+            save(dict(tensors), storage_writer=writer, process_group=ranks.group, no_dist=ranks.size == 1)
+        except CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            raise _io_error(cause) or Environment(
+                "cannot write the checkpoint",
+                found=str(cause).partition("\n")[0][:200],
+                do="check space and permissions; the same command continues from the last whole checkpoint",
+            ) from None
 
     def _publish(self, step: int, temporary: str, final: str, about: Mapping[str, Any]) -> None:
         """All ranks have written: the checkpoint comes to its name."""
@@ -153,17 +161,23 @@ class RunDirectory:
                 )
         return document
 
-    def read(self, checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Fill tensors in place, all of them and no others. raises BadRun, BadDcp, Usage, Environment"""
+    def read(
+        self, checkpoint: Checkpoint, tensors: Mapping[str, Tensor], names: Collection[str] = ()
+    ) -> dict[str, Any]:
+        """Fill tensors in place. raises BadRun, BadDcp, Usage, Environment
+
+        names  of all that the ranks fill together, and the checkpoint holds no others; empty: those of this one
+        """
+        wanted = set(names) or set(tensors)
         about = self.about(checkpoint)
         reader = DirectoryReader(checkpoint.path)
         stored = set(reader.read_metadata().state_dict_metadata)
-        if stored != tensors.keys() or reader.others:
-            more, less = sorted(stored - tensors.keys()), sorted(tensors.keys() - stored)
+        if stored != wanted or reader.others:
+            more, less = sorted(stored - wanted), sorted(wanted - stored)
             raise BadRun(
                 "the checkpoint holds other tensors than this training has",
                 file=checkpoint.path,
-                expected=f"{len(tensors):,} tensors" + (f", among them {less[0]!r}" if less else ""),
+                expected=f"{len(wanted):,} tensors" + (f", among them {less[0]!r}" if less else ""),
                 found=f"{len(stored):,}" + (f", among them {printable(more[0])!r}" if more else ""),
                 do="go on with the recipe that it was made by",
             )
@@ -198,9 +212,11 @@ class RunDirectory:
         """Compare the recipe with the one that the run began with, if it has begun.
 
         free     keys that may change: "part.key", or a whole "part"
-        raises   Usage, BadRun, Environment
+        raises   Usage, ForeignOutput, BadRun, Environment
         """
         if not os.path.lexists(os.path.join(self.path, RECIPE)):
+            with _errors(self.path):
+                self._require_ours()
             return
         before = self.recipe()
         now = json.loads(_json(document))
@@ -223,30 +239,44 @@ class RunDirectory:
             raise MissingFile(
                 "this is no run's directory", file=RECIPE, do="name the directory that train.run named"
             )
-        with _errors(self.path), open(path, "rb") as file:
+        document = self._document(RECIPE)
+        if not all(isinstance(part, dict) for part in document.values()):
+            raise BadRun(f"{RECIPE} holds no recipe", file=RECIPE, do="name another train.run")
+        return document
+
+    def _document(self, name: str) -> dict[str, Any]:
+        with _errors(self.path), open(os.path.join(self.path, name), "rb") as file:
             data = file.read(_MOST_ABOUT_BYTES)
         try:
             document = strictjson.loads(data, floats=True)
         except strictjson.Malformed as error:
-            raise BadRun(
-                f"{RECIPE} is malformed: {error}", file=RECIPE, do="name another train.run"
-            ) from None
-        if not isinstance(document, dict) or not all(isinstance(part, dict) for part in document.values()):
-            raise BadRun(f"{RECIPE} holds no recipe", file=RECIPE, do="name another train.run")
+            raise BadRun(f"{name} is malformed: {error}", file=name, do="name another train.run") from None
+        if not isinstance(document, dict):
+            raise BadRun(f"{name} is no JSON object", file=name, do="name another train.run")
         return document
 
     def write_recipe(self, document: Mapping[str, Any]) -> None:
         """The recipe that the run goes on with. raises Environment"""
         self.publish(RECIPE, _json(document))
 
+    def known_as(self) -> dict[str, str]:
+        """What loggers know the run by, each its own. raises BadRun, Environment"""
+        if not os.path.lexists(os.path.join(self.path, LOGGERS)):
+            return {}
+        return {name: str(value) for name, value in self._document(LOGGERS).items()}
+
+    def keep_known_as(self, names: Mapping[str, str]) -> None:
+        """raises Environment"""
+        self.publish(LOGGERS, _json(names))
+
     def cut_metrics(self, step: int) -> None:
-        """Drop lines of steps from `step` on, which are to be made again."""
+        """Drop lines of steps after `step`, which are to be made again."""
         path = os.path.join(self.path, METRICS)
         if not os.path.lexists(path):
             return
         with _errors(self.path), open(path, "rb") as file:
             lines = file.read().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) < step]
+        kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
         self.publish(METRICS, b"".join(kept))
 
     def add_metrics(self, document: Mapping[str, Any]) -> None:
@@ -261,11 +291,27 @@ class RunDirectory:
             finally:
                 os.close(fd)
 
+    def _require_ours(self) -> None:
+        names = set(os.listdir(self.path)) if os.path.isdir(self.path) else set()
+        if RECIPE not in names and names - {_LOCK, CHECKPOINTS}:
+            raise ForeignOutput(
+                "the run's directory holds something else",
+                file=os.path.basename(os.path.normpath(self.path)),
+                do="name a new directory as train.run, or the one of a run to continue",
+            )
+
     def _remove_unfinished(self) -> None:
         below = os.path.join(self.path, CHECKPOINTS)
         for name in os.listdir(below):
             if name.startswith(".step-"):
                 shutil.rmtree(os.path.join(below, name))
+
+
+def _io_error(error: BaseException | None) -> OSError | None:
+    """What the file system said, where torch has an error of its own for it."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 def _step_of(line: bytes) -> int:

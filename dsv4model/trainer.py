@@ -9,10 +9,12 @@ Source: paper sec. 4.2 (losses and their weights).
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,22 +24,40 @@ from dsv4ckpt.ranks import ALONE, Ranks
 from dsv4ckpt.stop import StopFlag
 from dsv4ckpt.survey import Survey
 
-from . import learning, losses, recipe
+from . import learning, loggers, losses, recipe, trusted
+from .chat import Texts
+from .compressor import Indexer
 from .config import Config
 from .corpus import Corpus, read_corpus
 from .generate import device_of
 from .loading import load, surveyed
 from .losses import IGNORED
-from .model import Model, dtype_of, initialize
+from .masters import Masters
+from .model import Block, Model, dtype_of, initialize
 from .moe import Router
-from .recipe import Kind, Recipe, Train
+from .place import Place
+from .recipe import Entries, Kind, Recipe, Recompute, Train
 from .rows import Batch, Rows
-from .runs import BadRun, RunDirectory
+from .runs import BadRun, Checkpoint, RunDirectory
+from .saver import Saver
 from .simulate import Simulation
 from .tokenizer import Tokenizer
 
+if TYPE_CHECKING:  # these load torch.distributed, which one process does without
+    from .pipeline import Pipeline
+    from .sharding import Grid
+
 _FREE = frozenset(
-    {"log", "checkpoint", "train.steps", "train.micro_rows", "train.run"}
+    {
+        "log",
+        "checkpoint",
+        "parallel",
+        "optimizer.offload",
+        "train.steps",
+        "train.micro_rows",
+        "train.recompute",
+        "train.run",
+    }
 )  # may change within a run
 
 
@@ -47,6 +67,10 @@ class Sums(NamedTuple):
     loss: float = 0.0
     mtp: float = 0.0
     balance: float = 0.0  # of the mean router that learns
+    indexer: float = 0.0  # of the mean indexer
+    indexer_uniform: float = 0.0
+    router_z: float = 0.0  # of the mean router that chooses
+    router_entropy: float = 0.0
 
 
 class Counts(NamedTuple):
@@ -60,10 +84,14 @@ class Counts(NamedTuple):
 class Step(NamedTuple):
     """What came of a step: means over the tokens of the global batch."""
 
-    step: int  # counted from 0
+    step: int  # how many there have been, this one included
     loss: float
     mtp_loss: float
     balance: float
+    indexer: float  # 0: it is not trained
+    indexer_uniform: float  # what it would be if every entry had the same score
+    router_z: float  # logsumexp(logits) ** 2 of the mean router that chooses
+    router_entropy: float  # of its normalised affinities, in nats
     lr: float
     grad_norm: float
     tokens: int  # that were learned
@@ -89,7 +117,10 @@ class Data(NamedTuple):
 
 
 def read_data(made: Recipe, found: Survey, config: Config) -> Data:
-    """Read and tokenise the files of a recipe. raises Usage, MissingFile, BadLine, BadTokenizer, Environment"""
+    """Read and tokenise the files of a recipe.
+
+    raises Usage, MissingFile, BadLine, BadTokenizer, BadEncoding, Environment
+    """
     part = made.data
     if part.length > config.max_positions:
         raise Usage(
@@ -104,8 +135,12 @@ def read_data(made: Recipe, found: Survey, config: Config) -> Data:
     def rows_of(corpus: Corpus) -> Rows:
         return Rows(corpus.documents, part.length, pack=part.pack, seed=seed, end_id=config.eos)
 
-    corpus = read_corpus(part.files, part, tokenizer, config.vocab)
-    unseen = read_corpus(part.eval_files, part, tokenizer, config.vocab) if part.eval_files else None
+    @functools.cache
+    def texts() -> Texts:
+        return trusted.read_texts(found.checkpoint.directory)
+
+    corpus = read_corpus(part.files, part, tokenizer, config.vocab, texts)
+    unseen = read_corpus(part.eval_files, part, tokenizer, config.vocab, texts) if part.eval_files else None
     return Data(corpus, rows_of(corpus), rows_of(unseen) if unseen else None)
 
 
@@ -117,17 +152,47 @@ class Trainer:
 
         ranks  that train together, each with rows of its own; what is trained in full is divided over them by FSDP2
         """
-        _require_shared(made, ranks)
         self.recipe, self.device, self.ranks = made, device_of(made.model.device), ranks
+        run = RunDirectory(made.train.run)
+        run.require_same_recipe(recipe.document_of(made), _FREE)
+        if ranks.rank == 0:
+            loggers.require(made.log.to)
         found, self.config = surveyed(made.model.source)
+        self.place = Place.of(ranks, made.parallel, len(self.config.compress_ratios), self.config.num_experts)
+        _require_shared(made, ranks, self.place)
         self.corpus, self.rows, self.eval_rows = read_data(made, found, self.config)
-        self.model = _model_of(made, found, self.config, ranks)
-        self.parameters = _learners(self.model, made)
-        self.optimizers = learning.optimizers_of(self.parameters, made.optimizer, made.lr)
+        _newest(run, made, self.data_sha256)  # what does not continue is refused before weights are read
+        self._grid: Grid | None = None
+        self._pipeline: Pipeline | None = None
+        if ranks.size > 1:
+            from .sharding import Grid
+
+            self._grid = Grid(self.place)
+        self.model = _model_of(made, found, self.config, self._grid)
+        for block in self.model.modules():
+            if isinstance(block, Block):
+                block.recomputes = made.train.recompute is Recompute.BLOCKS
+        self.parameters = _learners(self.model, made, self._grid)
+        self._masters = Masters(self.parameters, made.optimizer)
+        self.learners = self._masters.learners  # what the optimizers move
+        self.optimizers = learning.optimizers_of(self.learners, made.optimizer, made.lr)
         self._routers = {
             name: module for name, module in self.model.named_modules() if isinstance(module, Router)
         }
-        self._num_choosing = max(1, sum(not router.hashes for router in self._routers.values()))
+        if self.place.num_stages == 1:  # else it is another stage that may have them
+            learning.require_indexers(self.model, made.loss)
+        self._indexers = [module for module in self.model.modules() if isinstance(module, Indexer)]
+        for indexer in self._indexers:
+            indexer.sees_all = made.loss.indexer_entries is Entries.DENSE
+        self._num_choosing = max(1, _num_choosing(self.config))
+        self._num_indexers = max(1, sum(map(self.config.overlaps, range(self.config.num_layers))))
+        self._shared = {"model.embed_tokens.weight"} if _shares_embedding(self.place, self.config) else set()
+        if self._grid is not None and self.place.num_stages > 1:
+            from .pipeline import Pipeline
+
+            shape = made.train.micro_rows, made.data.length, self.config.hc_mult, self.config.hidden
+            dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[made.model.dtype]
+            self._pipeline = Pipeline(self.place, self._grid.stages, shape, dtype)
 
     @property
     def data_sha256(self) -> str:
@@ -137,6 +202,11 @@ class Trainer:
             digest.update(len(document).to_bytes(8, "little") + document.ids.tobytes() + document.counted)
         return digest.hexdigest()
 
+    @property
+    def peak_device_bytes(self) -> int:
+        """The most that tensors have held of a GPU's memory; 0: there is none."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+
     def state(self) -> dict[str, Tensor]:
         """Every tensor that a checkpoint holds. Filling them in place continues a run."""
         if self.recipe.train.what is Train.LORA:
@@ -144,13 +214,37 @@ class Trainer:
         else:
             model = self.model.state_dict()
         tensors = {f"model.{name}": tensor.detach() for name, tensor in model.items()}
-        optim = learning.optimizer_tensors(self.parameters, self.optimizers)
-        return tensors | {f"optim.{name}": tensor for name, tensor in optim.items()}
+        optim = self._optimizer_tensors()
+        whole = tensors | {f"optim.{name}": tensor for name, tensor in optim.items()}
+        return {name: tensor for name, tensor in whole.items() if not self._is_copy(name)}
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        return learning.optimizer_tensors(self.learners, self.optimizers) | self._masters.tensors()
+
+    def names(self) -> set[str]:
+        """What all ranks have in their state together."""
+        names = set(self.state())
+        return names if self._grid is None else self._grid.everyone(names)
+
+    def settle(self) -> None:
+        """After the state was filled: what two stages have is in the state of the first one only."""
+        if self._pipeline is None or not self._shared or not (self.place.is_first or self.place.is_last):
+            return
+        optim = self._optimizer_tensors()
+        parameters = dict(self.model.named_parameters())
+        tensors: list[Tensor] = [parameters[name] for name in sorted(self._shared)]
+        tensors += [optim[name] for name in sorted(optim) if name.partition("/")[0] in self._shared]
+        self._pipeline.give_shared(tensors)
+
+    def _is_copy(self, name: str) -> bool:
+        """Whether another stage has it in its state."""
+        inner = name.partition(".")[2].partition("/")[0]
+        return not self.place.is_first and inner in self._shared
 
     # ---- a step
 
     def step(self, number: int) -> Step:
-        """One optimizer step. raises Diverged, with model and optimizers as they were"""
+        """The optimizer step after `number` others. raises Diverged, with model and optimizers as they were"""
         train = self.recipe.train
         first = number * train.rows
         batches = [
@@ -158,80 +252,134 @@ class Trainer:
             for begin in range(first, first + train.rows, train.micro_rows)
         ]
         counts = _counts(batches)
-        learning.zero_grad(self.parameters.values())
-        ranks = self.ranks
+        learning.zero_grad(self.learners.values())
         loads = {
-            name: torch.zeros(len(router.weight), dtype=torch.int64, device=self.device)
-            for name, router in self._routers.items()
+            name: torch.zeros(self.config.num_experts, dtype=torch.int64, device=self.device)
+            for name in _router_names(self.config)
         }
-        sums = Sums()
-        for batch in batches[ranks.rank :: ranks.size]:
-            sums = Sums(*map(sum, zip(sums, self._backward(batch, counts, loads), strict=True)))
-        if ranks.size > 1:
-            sums = self._over_ranks(sums, loads)
-        norm = float(learning.clip(self.parameters.values(), self.recipe.optimizer.clip, self._total))
+        sums = self._backward(batches[self.place.part :: self.place.num_parts], counts, loads)
+        if self._grid is not None:
+            sums = self._over_ranks(self._grid, sums, loads)
+        norm = self._clip()
         means = _means(sums, counts)
         if not all(torch.isfinite(torch.tensor([*means, norm]))):
-            learning.zero_grad(self.parameters.values())
+            learning.zero_grad(self.learners.values())
             raise self._diverged(number, means, norm)
         lr = learning.rate(number, train.steps, self.recipe.optimizer, self.recipe.lr)
         learning.set_rate(self.optimizers, lr)
         for optimizer in self.optimizers:
             optimizer.step()
-        learning.zero_grad(self.parameters.values())
+        self._masters.round()
+        learning.zero_grad(self.learners.values())
         self._move_biases(loads)
         load = {name: float(load.max() / load.float().mean().clamp(min=1)) for name, load in loads.items()}
-        return Step(number, *means, lr, norm, counts.tokens, load)
+        return Step(number + 1, *means, lr, norm, counts.tokens, load)
 
-    def _backward(self, batch: Batch, counts: Counts, loads: dict[str, Tensor]) -> Sums:
-        """Gradients of one micro-batch's share of the global means."""
+    def _clip(self) -> float:
+        """Clip gradients, and those of the indexers by themselves: the rest learns as it would without their loss.
+
+        returns  the norm of all before
+        """
+        of_indexers = {id(item) for module in self._indexers for item in module.parameters()}
+        norms = []
+        for is_indexer in (False, True):
+            group = {
+                name: self.learners[name]
+                for name, item in self.parameters.items()
+                if (id(item) in of_indexers) is is_indexer
+            }
+            once = [item for name, item in group.items() if not self._is_copy(f"model.{name}")]
+            norms.append(learning.gradient_norm(once, self._squares))
+            learning.clip(group.values(), norms[-1], self.recipe.optimizer.clip)
+        return math.hypot(*map(float, norms))
+
+    def _backward(self, batches: list[Batch], counts: Counts, loads: dict[str, Tensor]) -> Sums:
+        """Gradients of this rank's micro-batches: their share of the global means."""
+        sums: list[Sums] = []
+
+        def through(number: int, streams: Tensor | None) -> tuple[Tensor | None, Tensor]:
+            passed, loss, found = self._through(batches[number], streams, counts, loads)
+            sums.append(found)
+            return passed, loss
+
+        if self._pipeline is not None:
+            self._pipeline.step(len(batches), through)
+        else:
+            for number in range(len(batches)):
+                through(number, None)[1].backward()
+        return Sums(*map(sum, zip(*sums, strict=True)))
+
+    def _through(
+        self, batch: Batch, streams: Tensor | None, counts: Counts, loads: dict[str, Tensor]
+    ) -> tuple[Tensor | None, Tensor, Sums]:
+        """A micro-batch through the layers of this rank: streams for the next stage, its loss, and its sums."""
         part = self.recipe.loss
-        with self._tapped() as routed:
-            main, mtp = self._sums(batch)
-        loss, documents = main / max(1, counts.tokens), _across_rows(batch.documents)
-        if mtp is not None and part.mtp:
-            loss = loss + mtp * (part.mtp / max(1, counts.mtp_tokens))
+        with self._tapped() as routed, self._compared() as told:
+            passed = self._hidden(batch, streams)
+        loss = main = mtp = torch.zeros((), device=self.device)
+        if not isinstance(passed, Tensor):
+            main, of_mtp = self._sums(batch, passed)
+            mtp = mtp if of_mtp is None else of_mtp
+            loss = main / max(1, counts.tokens) + mtp * (part.mtp / max(1, counts.mtp_tokens))
+        documents = _across_rows(batch.documents)
         balance = torch.zeros((), device=self.device)
+        of_routers = torch.zeros(2, device=self.device)
         for name, calls in routed.items():
             for scores, ids in calls:
                 loads[name] += ids[documents >= 0].flatten().bincount(minlength=len(loads[name]))
-                if part.balance and not self._routers[name].hashes:
+                if self._routers[name].hashes:
+                    continue
+                of_routers += losses.router_sums(scores, documents)
+                if part.balance:
                     balance = balance + losses.balance(scores, ids, documents)
         if part.balance:
             loss = loss + balance * (part.balance / max(1, counts.all_tokens))
-        (loss * self.ranks.size if self._is_divided else loss).backward()  # FSDP2 takes the mean over ranks
+        indexer = uniform = torch.zeros((), device=self.device)
+        for divergence, even in told:
+            indexer, uniform = indexer + divergence, uniform + even
+        if part.indexer:
+            loss = loss + indexer * (part.indexer / max(1, counts.all_tokens))
         mean_balance = float(balance.detach()) / self._num_choosing
-        return Sums(float(main.detach()), 0.0 if mtp is None else float(mtp.detach()), mean_balance)
+        of_indexers = [float(total.detach()) / self._num_indexers for total in (indexer, uniform)]
+        mean_routers = (of_routers / self._num_choosing).tolist()
+        sums = Sums(float(main.detach()), float(mtp.detach()), mean_balance, *of_indexers, *mean_routers)
+        return passed if isinstance(passed, Tensor) else None, loss, sums
 
-    def _over_ranks(self, sums: Sums, loads: dict[str, Tensor]) -> Sums:
+    def _over_ranks(self, grid: Grid, sums: Sums, loads: dict[str, Tensor]) -> Sums:
         """Add up what all ranks have: losses, loads, and gradients that FSDP2 does not know."""
-        from . import sharding
-
-        sharding.add_gradients(self.parameters.values())
+        grid.add_gradients(self.learners.values())
+        if self._pipeline is not None and (self.place.is_first or self.place.is_last):
+            self._pipeline.add_shared(
+                [self.learners[name] for name in sorted(self._shared & self.learners.keys())]
+            )
         for counted in loads.values():
-            self._total(counted)
-        return Sums(*self._total(torch.tensor(sums, dtype=torch.float64)).tolist())
+            grid.total(counted)
+        return Sums(*grid.total(torch.tensor(sums, dtype=torch.float64)).tolist())
 
-    def _total(self, values: Tensor) -> Tensor:
-        """The sum over ranks, in place."""
-        if self.ranks.size > 1:
-            from . import sharding
+    def _squares(self, squares: Tensor) -> Tensor:
+        """Of gradients of which this rank has a part, and of those that all ranks of its stage have: over all."""
+        if self._grid is not None:
+            self._grid.total(squares[:1])
+            self._grid.total_over_stages(squares[1:])
+        return squares
 
-            sharding.total(values)
-        return values
+    def _hidden(self, batch: Batch, streams: Tensor | None) -> Tensor | tuple[Tensor, Tensor | None]:
+        """What the head takes, twice; or streams for the stage after this one."""
+        if self._pipeline is None:
+            hidden: tuple[Tensor, Tensor | None] = self.model.hidden(
+                batch.ids, batch.next_ids, batch.documents
+            )
+            return hidden
+        return self.model.stage(batch.ids, batch.next_ids, batch.documents, streams)
 
-    @property
-    def _is_divided(self) -> bool:
-        return self.ranks.size > 1 and self.recipe.train.what is Train.FULL
-
-    def _sums(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def _sums(self, batch: Batch, hidden: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
         """Cross entropies of the next token and of the one after it, summed over the tokens that are learned."""
-        hidden, mtp_hidden = self.model.hidden(batch.ids, batch.next_ids, batch.documents)
+        hidden_BSH, mtp_BSH = hidden
         head = self.model.lm_head.weight
-        main = losses.linear_cross_entropy(hidden.flatten(0, 1), head, batch.targets.flatten())
-        if mtp_hidden is None:
+        main = losses.linear_cross_entropy(hidden_BSH.flatten(0, 1), head, batch.targets.flatten())
+        if mtp_BSH is None:
             return main, None
-        return main, losses.linear_cross_entropy(mtp_hidden.flatten(0, 1), head, batch.targets_mtp.flatten())
+        return main, losses.linear_cross_entropy(mtp_BSH.flatten(0, 1), head, batch.targets_mtp.flatten())
 
     @contextlib.contextmanager
     def _tapped(self) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
@@ -249,6 +397,18 @@ class Trainer:
             for router in self._routers.values():
                 router.tap = None
 
+    @contextlib.contextmanager
+    def _compared(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """What the indexers say while the block runs, if they have a loss: sums of indexing.divergence."""
+        heard: list[tuple[Tensor, Tensor]] = []
+        for indexer in self._indexers if self.recipe.loss.indexer else ():
+            indexer.tap = lambda divergence, uniform: heard.append((divergence, uniform))
+        try:
+            yield heard
+        finally:
+            for indexer in self._indexers:
+                indexer.tap = None
+
     @torch.no_grad()
     def _move_biases(self, loads: Mapping[str, Tensor]) -> None:
         step = self.recipe.loss.bias_update
@@ -262,18 +422,18 @@ class Trainer:
         return Diverged(
             "the loss or a gradient is not finite",
             expected="finite numbers",
-            found=f"loss {means[0]}, MTP loss {means[1]}, balance {means[2]}, gradient norm {norm} in step "
-            f"{number + 1:,}: rows {row:,} to {row + self.recipe.train.rows - 1:,} of epoch {epoch}",
+            found=f"loss {means[0]}, MTP loss {means[1]}, balance {means[2]}, indexer {means[3]}, gradient norm {norm} "
+            f"in step {number + 1:,}: rows {row:,} to {row + self.recipe.train.rows - 1:,} of epoch {epoch}",
             do="the last checkpoint is untouched: lower optimizer.lr or clip harder, and go on in another train.run",
         )
 
     def signal(self, stop: StopFlag) -> int:
         """The signal that any rank was sent; 0: none. All ranks ask at the same time."""
-        if self.ranks.size == 1:
+        if self._grid is None:
             return stop.signal_number
         found = torch.zeros(256, dtype=torch.int64)
         found[stop.signal_number] = 1
-        sent = self._total(found).nonzero()[:, 0].tolist()
+        sent = self._grid.total(found).nonzero()[:, 0].tolist()
         return max(sent)
 
     @torch.no_grad()
@@ -282,11 +442,26 @@ class Trainer:
         if self.eval_rows is None:
             return None
         total, tokens = 0.0, 0
-        for number in range(self.eval_rows.per_epoch):
+
+        def through(number: int, streams: Tensor | None) -> tuple[Tensor | None, Tensor]:
+            nonlocal total
+            batch = rows.batch(number, 1).to(self.device)
+            passed = self._hidden(batch, streams)
+            if isinstance(passed, Tensor):
+                return passed, torch.zeros(())
+            total += float(self._sums(batch, passed)[0])
+            return None, torch.zeros(())
+
+        rows = self.eval_rows
+        for number in range(rows.per_epoch):
             stop.check()
-            batch = self.eval_rows.batch(number, 1).to(self.device)
-            total += float(self._sums(batch)[0])
-            tokens += int((batch.targets != IGNORED).sum())
+            tokens += int((rows.batch(number, 1).targets != IGNORED).sum())
+            if self._pipeline is None:
+                through(number, None)
+            else:
+                self._pipeline.forward(number, through)
+        if self._grid is not None and self._pipeline is not None:
+            total = float(self._grid.total_over_stages(torch.tensor(total, dtype=torch.float64)))
         return total / max(1, tokens)
 
 
@@ -304,40 +479,45 @@ def train(
     """
     made, ranks = trainer.recipe, trainer.ranks
     run = RunDirectory(made.train.run, ranks)
-    with run.locked() if ranks.rank == 0 else contextlib.nullcontext(), _noticed(ranks):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_noticed(ranks))
+        if ranks.rank == 0:
+            stack.enter_context(run.locked())
         ranks.meet(stop)  # nobody looks before rank 0 has tidied up
         document = recipe.document_of(made)
         run.require_same_recipe(document, _FREE)
         about = {"data_sha256": trainer.data_sha256}
-        first = _continued(trainer, run, about)
+        first = 0
+        if found := _newest(run, made, trainer.data_sha256):
+            run.read(found, trainer.state(), trainer.names())
+            trainer.settle()
+            first = found.step
         ranks.meet(stop)  # nobody writes before all have looked
         if ranks.rank == 0:
             run.write_recipe(document)
-            run.cut_metrics(first)
+        tell = stack.enter_context(loggers.metrics(run, made, first, ranks.rank))
+        saver = stack.enter_context(Saver(run, ranks, made.checkpoint))
         step: Step | None = None
         eval_loss: float | None = None
         for number in range(first, made.train.steps):
             began = clock()
             step = trainer.step(number)
             seconds = clock() - began
-            line = {**step._asdict(), "seconds": round(seconds, 6)}
-            done = number + 1
-            if ranks.rank == 0 and (done % made.log.every == 0 or done == made.train.steps):
-                run.add_metrics(line)
+            done = step.step
+            if done % made.log.every == 0 or done == made.train.steps:
+                tell({**step._asdict(), "seconds": round(seconds, 6)})
             on_step(step, seconds)
+            saver.look()
             stop.signal_number = trainer.signal(stop)
             due = made.checkpoint.every and done % made.checkpoint.every == 0
             if due or done == made.train.steps or stop.signal_number:
-                run.write(done, trainer.state(), about)
-                if ranks.rank == 0:
-                    run.keep(made.checkpoint.keep)
+                saver.save(done, trainer.state(), about)
             if stop.signal_number:
                 raise Interrupted(stop.signal_number)
             every, is_last = made.log.eval_every, done == made.train.steps
             if trainer.eval_rows and (is_last or (every and done % every == 0)):
                 eval_loss = trainer.evaluate(stop)
-                if ranks.rank == 0:
-                    run.add_metrics({"step": number, "eval_loss": eval_loss})
+                tell({"step": done, "eval_loss": eval_loss})
         return Outcome(first, made.train.steps, step, eval_loss)
 
 
@@ -352,43 +532,48 @@ def _noticed(ranks: Ranks) -> contextlib.AbstractContextManager[None]:
     )
 
 
-def _continued(trainer: Trainer, run: RunDirectory, about: Mapping[str, Any]) -> int:
-    """Fill the state from the newest checkpoint. Returns the step to make next. raises BadRun, Usage"""
+def _newest(run: RunDirectory, made: Recipe, data_sha256: str) -> Checkpoint | None:
+    """The checkpoint to continue from; None: there is none. raises BadRun, Usage for one that does not continue"""
     known = run.checkpoints()
     if not known:
-        return 0
-    found = run.about(known[-1])
-    if found.get("data_sha256") != about["data_sha256"]:
+        return None
+    if run.about(known[-1]).get("data_sha256") != data_sha256:
         raise Usage(
             "the data is not what this run began with",
             file=known[-1].path,
             do="put the files back to go on, or name another train.run",
         )
-    if known[-1].step > trainer.recipe.train.steps:
+    if known[-1].step > made.train.steps:
         raise BadRun(
             "the run has gone further than train.steps",
-            expected=f"at most {trainer.recipe.train.steps:,} steps",
+            expected=f"at most {made.train.steps:,} steps",
             found=f"{known[-1].step:,}",
             do="ask for more steps, or name another train.run",
         )
-    run.read(known[-1], trainer.state())
-    return known[-1].step
+    return known[-1]
 
 
 # ---- model and learners
 
 
-def _require_shared(made: Recipe, ranks: Ranks) -> None:
+def _require_shared(made: Recipe, ranks: Ranks, place: Place) -> None:
     """raises Usage for what several ranks do not do together"""
-    train, each = made.train, made.train.micro_rows * ranks.size
+    train, each = made.train, made.train.micro_rows * place.num_parts
     if ranks.size == 1:
         return
     if train.rows % each:
         raise Usage(
             "the rows of a step cannot be divided over the ranks",
-            expected=f"train.rows a multiple of train.micro_rows * ranks = {each:,}",
+            expected=f"train.rows a multiple of train.micro_rows * parts = {each:,}",
             found=f"{train.rows:,}",
             do="change train.rows, or start another number of ranks",
+        )
+    if train.rows // each < place.num_stages:
+        raise Usage(
+            "there are fewer micro-batches than stages",
+            expected=f"train.rows of {each * place.num_stages:,} at least, for {place.num_stages:,} stages",
+            found=f"{train.rows:,}",
+            do="take more rows, or fewer of them at a time",
         )
     if made.model.device != "cpu":
         raise Usage(
@@ -396,48 +581,74 @@ def _require_shared(made: Recipe, ranks: Ranks) -> None:
             found=f"model.device {made.model.device!r}",
             do="start one process for a GPU",
         )
-    if train.what is Train.FULL and made.model.dtype != "float32":
+    if train.what is Train.LORA and place.num_parts != ranks.size:
         raise Usage(
-            "several ranks train float32 weights only so far",
-            found=f"model.dtype {made.model.dtype!r}",
-            do="leave model.dtype out, or start one process",
+            "adapters are not trained in stages",
+            expected="parallel.stages 1",
+            found=f"{place.num_stages:,}",
+            do="divide rows and experts only",
         )
 
 
-def _model_of(made: Recipe, found: Survey, config: Config, ranks: Ranks) -> Model:
+def _model_of(made: Recipe, found: Survey, config: Config, grid: Grid | None) -> Model:
     part = made.model
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[part.dtype]
     simulation = Simulation(experts_fp4=made.train.qat)
-    is_divided = ranks.size > 1 and made.train.what is Train.FULL
-    if is_divided and not part.initialize:
-        from . import sharding
-
-        return sharding.loaded(found, config, simulation, part.source, ranks).train()
+    if grid is not None and made.train.what is Train.FULL:
+        return _divided_model(made, found, config, grid, dtype)
     if not part.initialize:
         packed = part.experts == "packed"
         experts: Literal["dense", "packed"] = "packed" if packed else "dense"
-        return load(found, dtype, experts, part.device, simulation).train()
-    model = Model(config, simulation)
+        here = (grid.place.expert_part, grid.place.num_expert_parts) if grid else (0, 1)
+        return load(found, dtype, experts, part.device, simulation, part=here).train()
+    return _initialized(made, config, dtype).to(part.device).train()
+
+
+def _divided_model(made: Recipe, found: Survey, config: Config, grid: Grid, dtype: torch.dtype) -> Model:
+    """This rank's part of it."""
+    from .pipeline import cut
+
+    if made.model.initialize:
+        return grid.divided(cut(_initialized(made, config, dtype), grid.place)).train()
+    with torch.device("meta"):
+        model = Model(config, Simulation(experts_fp4=made.train.qat)).float()
+    return grid.loaded(cut(model, grid.place), found, made.model.source, dtype).train()
+
+
+def _initialized(made: Recipe, config: Config, dtype: torch.dtype) -> Model:
+    """With random weights."""
+    model = Model(config, Simulation(experts_fp4=made.train.qat))
     initialize(model, torch.Generator().manual_seed(made.train.seed))
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtype_of(name, dtype))
-    model = model.to(part.device).train()
-    if is_divided:
-        from . import sharding
-
-        model = sharding.divided(model, ranks)
     return model
 
 
-def _learners(model: nn.Module, made: Recipe) -> dict[str, nn.Parameter]:
+def _learners(model: Model, made: Recipe, grid: Grid | None) -> dict[str, nn.Parameter]:
     if made.train.what is Train.LORA:
         from . import adapters
 
-        return adapters.attach(model, made.lora, torch.Generator().manual_seed(made.train.seed))
-    learning.freeze(
-        model, made.train.freeze, optional=recipe.default_of("train.freeze")
-    )  # there may be no indexer
-    return learning.learning(model)
+        adapters.attach(model, made.lora, torch.Generator().manual_seed(made.train.seed))
+        if grid is not None:
+            grid.with_adapters(model)
+        return learning.learning(model)
+    return learning.learners(model, made.train, made.loss)
+
+
+def _router_names(config: Config) -> list[str]:
+    """Of all of them, those of other stages too."""
+    layers = [f"model.layers.{index}.mlp.gate" for index in range(len(config.compress_ratios))]
+    return layers + [f"mtp.{index}.mlp.gate" for index in range(config.num_mtp)]
+
+
+def _num_choosing(config: Config) -> int:
+    """Routers that do not hash."""
+    return len(_router_names(config)) - config.num_hash_layers
+
+
+def _shares_embedding(place: Place, config: Config) -> bool:
+    """Whether the last stage has the embedding too: it makes MTP's inputs of it."""
+    return place.num_stages > 1 and config.num_mtp > 0
 
 
 # ---- sums
@@ -452,11 +663,15 @@ def _counts(batches: list[Batch]) -> Counts:
     )
 
 
-def _means(sums: Sums, counts: Counts) -> tuple[float, float, float]:
+def _means(sums: Sums, counts: Counts) -> tuple[float, float, float, float, float, float, float]:
     return (
         sums.loss / max(1, counts.tokens),
         sums.mtp / max(1, counts.mtp_tokens),
         sums.balance / max(1, counts.all_tokens),
+        sums.indexer / max(1, counts.all_tokens),
+        sums.indexer_uniform / max(1, counts.all_tokens),
+        sums.router_z / max(1, counts.all_tokens),
+        sums.router_entropy / max(1, counts.all_tokens),
     )
 
 

@@ -182,7 +182,7 @@ def _source(directory: str, follow_links: bool) -> tuple[str, str]:
             file=FOLDER,
             expected="one file encoding_*.py or encoding.py",
             found=", ".join(names) or "none",
-            do=f"{_PUBLISHED}; or do without --trust-encoding",
+            do=f"{_PUBLISHED}; or leave out what asks for it: tools, a response format, --trust-encoding",
         )
     file = f"{FOLDER}/{names[0]}"
     with opened(directory, file, follow_links) as fd:

@@ -367,8 +367,22 @@ def test_run_tells_its_first_and_last_step_and_leaves_files(written: Path, dsv4:
         "recipe.json",
     ]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    keys = {"step", "loss", "mtp_loss", "balance", "lr", "grad_norm", "tokens", "load", "seconds"}
-    assert [line["step"] for line in lines] == [0, 1, 2] and all(line.keys() == keys for line in lines)
+    keys = {
+        "step",
+        "loss",
+        "mtp_loss",
+        "balance",
+        "indexer",
+        "indexer_uniform",
+        "router_z",
+        "router_entropy",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "load",
+        "seconds",
+    }
+    assert [line["step"] for line in lines] == [1, 2, 3] and all(line.keys() == keys for line in lines)
     assert f"step 3 done in {sum(line['seconds'] for line in lines):.0f} s, at most " in done.out
     assert f"of memory: loss {lines[-1]['loss']:.4f}\n" in done.out
     assert lines_of(run / "loss.svg") == [3, 3]
@@ -402,6 +416,14 @@ def test_terminal_gets_a_bar(written: Path, dsv4: Dsv4, monkeypatch: pytest.Monk
     done = dsv4("finetune", written)
     assert done.code == 0
     assert "3/3" in done.err and "learned tokens/s" in done.err and "step 1 of 3" not in done.err
+
+
+@pytest.mark.slow
+def test_memory_of_a_gpu_is_told(written: Path, dsv4: Dsv4, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer.Trainer, "peak_device_bytes", 20 * 10**9)
+    done = dsv4("finetune", written, "train.steps=1")
+    assert re.search(r"memory [\d.]+ [MG]B and 20\.00 GB of the GPU's\n", done.err)
+    assert re.search(r"at most [\d.]+ [MG]B of memory and 20\.00 GB of the GPU's: loss", done.out)
 
 
 # ---- how it ends
@@ -535,7 +557,7 @@ def test_picture_of_a_single_step_is_a_point(tmp_path: Path) -> None:
     from dsv4model import curve
 
     file = tmp_path / "loss.svg"
-    file.write_bytes(curve.svg([{"step": 0, "loss": 3.5, "mtp_loss": 0.0}], "a <b> & c"))
+    file.write_bytes(curve.svg([{"step": 1, "loss": 3.5, "mtp_loss": 0.0}], "a <b> & c"))
     root = ElementTree.parse(file).getroot()
     assert len(list(root.iter(f"{SVG}circle"))) == 1 and words_of(file).startswith("a <b> & c | ")
     assert torch.tensor([float(dot.attrib["cy"]) for dot in root.iter(f"{SVG}circle")]).isfinite().all()

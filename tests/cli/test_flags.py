@@ -36,7 +36,8 @@ FLAGS = {
     },
     "finetune": {"--dry-run", "--keys"},
     "export": {
-        "--to", "--names", "--step", "--scale-policy", "--max-shard-size", "--workers", "--dry-run", "--allow-lossy",
+        "--to", "--names", "--step", "--scale-policy", "--adapter", "--max-shard-size", "--workers", "--dry-run",
+        "--allow-lossy",
     },
     "dump": {"--ids", "--text", "--out", "--impl", "--dtype", "--only", "--follow-symlinks"},
     "parity": {"--atol", "--rtol", "--max-ulp"},

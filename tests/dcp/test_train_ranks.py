@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import gangs
 import pytest
@@ -12,6 +12,7 @@ import torch
 import training
 
 from dsv4ckpt.errors import Usage
+from dsv4ckpt.ranks import Ranks
 from dsv4model.recipe import read_recipe
 from dsv4model.trainer import Step, Trainer
 
@@ -55,28 +56,59 @@ def require_close(
 
 
 CASES: dict[str, list[str]] = {
-    "full": ["loss.balance=0.01", "loss.bias_update=0.01", "train.freeze=['*.indexer.*']"],
-    "muon": ["optimizer.kind=muon"],
+    "full": ["loss.balance=0.01", "loss.bias_update=0.01", "loss.indexer=0.5", "train.freeze=[]"],
+    "muon": ["optimizer.kind=muon", "train.recompute=blocks"],
     "lora": ["train.what=lora", "model.experts=packed", "lora.rank=4"],
-    "initialize": ["model.initialize=true"],
+    "initialize": ["model.initialize=true", "train.recompute=blocks"],
+    "warm-up": ["loss.indexer=1.0", "loss.indexer_entries=dense", "train.freeze=['*', '!*.indexer.*']"],
+    "first layers stay": ["train.freeze=['*.layers.[0-2].*', '*.indexer.*', '*embed_tokens*']"],
 }
+Trained = tuple[list[Step], State]
+
+
+@pytest.fixture(scope="module")
+def alone(flash: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
+    """What one process makes of a case, and its metrics."""
+    known: dict[str, Trained] = {}
+
+    def made(case: str) -> Trained:
+        if case not in known:
+            text = text_of(flash, data, tmp_path_factory.mktemp("alone") / "run")
+            known[case] = gangs.gang(1, training.run, text, CASES[case])[0]
+        return known[case]
+
+    return made
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("case", "size"), [("full", 2), ("full", 4), ("muon", 2), ("lora", 2), ("initialize", 2)]
+    ("case", "size", "stages", "experts"),
+    [
+        ("full", 2, 1, 1),
+        ("full", 4, 1, 2),
+        ("full", 4, 2, 1),
+        ("full", 4, 2, 2),
+        ("muon", 2, 1, 2),
+        ("lora", 2, 1, 1),
+        ("lora", 4, 1, 2),
+        ("initialize", 2, 2, 1),
+        ("warm-up", 4, 2, 1),
+        ("first layers stay", 2, 2, 1),
+    ],
 )
 def test_ranks_train_as_one_process_does(
-    case: str, size: int, flash: Path, data: Path, tmp_path: Path
-) -> None:
-    one = gangs.gang(1, training.run, text_of(flash, data, tmp_path / "one"), CASES[case])[0]
-    many = gangs.gang(size, training.run, text_of(flash, data, tmp_path / "many"), CASES[case])
+    case: str, size: int, stages: int, experts: int, alone: Callable[[str], Trained], flash: Path, data: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """Rows, experts and layers divided, each alone and every two of them together."""
+    changes = [*CASES[case], f"parallel.stages={stages}", f"parallel.experts={experts}"]
+    many = gangs.gang(size, training.run, text_of(flash, data, tmp_path / "run"), changes)
     for found in many:
         # Muon makes every direction of a gradient as long as the longest, those of rounding errors too
-        require_close(found, one, 2e-5 if case != "muon" else 0.1)
-    assert (tmp_path / "many" / "latest").read_text() == "step-4\n"
-    lines = (tmp_path / "many" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]
+        require_close(found, alone(case), 2e-5 if case != "muon" else 0.1)
+    assert (tmp_path / "run" / "latest").read_text() == "step-4\n"
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
@@ -89,35 +121,72 @@ def test_muon_steps_divided_weights_as_whole_ones() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "division"), [(2, {}), (4, {"stages": 2, "experts": 2})], ids=["rows", "all"]
+)
 def test_stopped_ranks_continue_to_the_bit_and_other_ranks_closely(
-    flash: Path, data: Path, tmp_path: Path
+    size: int, division: dict[str, int], flash: Path, data: Path, tmp_path: Path
 ) -> None:
     """A signal to one rank stops all of them after the same step."""
 
-    def trained(size: int, run: str, *more: Any) -> tuple[list[Step], State]:
-        found: tuple[list[Step], State] = gangs.gang(
-            size, training.run, text_of(flash, data, tmp_path / run), CASES["full"], *more
-        )[0]
+    def trained(size: int, division: dict[str, int], run: str, until: int | None = None) -> Trained:
+        changes = CASES["full"] + [f"parallel.{key}={value}" for key, value in division.items()]
+        changes.append(f"data.eval_files={data}")
+        text = text_of(flash, data, tmp_path / run)
+        found: Trained = gangs.gang(size, training.run, text, changes, until)[0]
         return found
 
-    steps, whole = trained(2, "whole")
-    early, _ = trained(2, "stopped", 2)
-    assert [step.step for step in early] == [0, 1]
-    late, resumed = trained(2, "stopped")
+    steps, whole = trained(size, division, "whole")
+    early, _ = trained(size, division, "stopped", 2)
+    assert [step.step for step in early] == [1, 2]
+    late, resumed = trained(size, division, "stopped")
     assert late == steps[2:]
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
-    trained(2, "moved", 2)
-    require_close(trained(1, "moved"), (steps[2:], whole))
+    trained(size, division, "moved", 2)
+    require_close(trained(1, {}, "moved"), (steps[2:], whole))
+    lines = [(tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1] for run in ("whole", "moved")]
+    evaluated = [json.loads(line)["eval_loss"] for line in lines]
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-5)
 
 
-def test_rows_that_ranks_cannot_share_are_an_error(smallest: Path, data: Path, tmp_path: Path) -> None:
-    from dsv4ckpt.ranks import Ranks
+@pytest.mark.slow
+def test_ranks_train_bfloat16_with_what_is_float32_in_it(flash: Path, data: Path, tmp_path: Path) -> None:
+    changes = ["model.dtype=bfloat16", "optimizer.masters=true", "loss.balance=0.01"]
+    one, state = gangs.gang(1, training.run, text_of(flash, data, tmp_path / "one"), changes)[0]
+    changes += ["parallel.stages=2", "parallel.experts=2"]
+    for steps, tensors in gangs.gang(4, training.run, text_of(flash, data, tmp_path / "many"), changes):
+        assert steps[0][1:4] == one[0][1:4]  # before anything was added up in another order
+        for step, other in zip(steps, one, strict=True):
+            assert step[1:4] == pytest.approx(other[1:4], rel=2e-3)
+        assert {name: tensor.dtype for name, tensor in tensors.items()} == {
+            name: tensor.dtype for name, tensor in state.items()
+        }
+        masters = {name: tensor for name, tensor in tensors.items() if name.endswith("/master")}
+        for name, master in masters.items():
+            weight = tensors[f"model.{name.removeprefix('optim.').removesuffix('/master')}"]
+            assert torch.equal(master.bfloat16(), weight), name
+        assert masters
 
-    made = read_recipe(text_of(smallest, data, tmp_path / "run").encode(), [])
-    for ranks, changes in ((Ranks(0, 3), []), (Ranks(0, 2), ["model.dtype=bfloat16"])):
-        made = read_recipe(text_of(smallest, data, tmp_path / "run").encode(), changes)
-        with pytest.raises(Usage):
-            Trainer(made, ranks)
+
+@pytest.mark.parametrize(
+    ("size", "changes", "word"),
+    [
+        (3, [], "train.rows a multiple of"),
+        (3, ["parallel.stages=2"], "a multiple of parallel.stages"),
+        (3, ["parallel.experts=3"], "parallel.experts that divides"),
+        (2, ["parallel.stages=2", "parallel.layers=[1, 2]"], "counts of 1 or more"),
+        (2, ["parallel.layers=[1, 2]"], "counts of 1 or more"),
+        (4, ["parallel.stages=2", "train.micro_rows=2"], "train.rows of 8 at least"),
+        (2, ["train.what=lora", "parallel.stages=2"], "parallel.stages 1"),
+    ],
+)
+def test_what_ranks_cannot_do_together_is_an_error(
+    size: int, changes: list[str], word: str, flash: Path, data: Path, tmp_path: Path
+) -> None:
+    made = read_recipe(text_of(flash, data, tmp_path / "run").encode(), changes)
+    with pytest.raises(Usage) as caught:
+        Trainer(made, Ranks(0, size))
+    assert word in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 

@@ -28,14 +28,19 @@ def run(
 
     def on_step(step: Step, _: float) -> None:
         steps.append(step)
-        if step.step + 1 == until and ranks.rank == 0:
+        if step.step == until and ranks.rank == 0:
             stop.signal_number = signal.SIGTERM
 
     try:
         train(trainer, stop, on_step)
     except Interrupted as error:
         assert error.exit_code == 143 and until is not None
-    return steps, {name: whole(tensor).clone() for name, tensor in trainer.state().items()}
+    state = {name: whole(tensor).clone() for name, tensor in trainer.state().items()}
+    if many:  # stages have their own tensors
+        states: list[dict[str, torch.Tensor]] = [{}] * ranks.size
+        torch.distributed.all_gather_object(states, state)
+        state = {name: tensor for one in states for name, tensor in one.items()}
+    return steps, state
 
 
 def muon_steps() -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ from tiny_model import tiny_document
 from torch import Tensor
 
 from dsv4model.config import Config
-from dsv4model.model import Model, dtype_of
+from dsv4model.model import Block, Model, dtype_of
 from dsv4model.simulate import Simulation
 
 VOCAB = 128
@@ -37,6 +37,14 @@ def random_model(
             buffer.copy_(order[:, : buffer.shape[1]])
         else:
             buffer.data = 0.3 * torch.randn(buffer.shape, generator=random).to(dtype_of(name, dtype))
+    return model
+
+
+def recomputing(model: Model, flag: bool = True) -> Model:
+    """The same model, whose blocks backward computes again."""
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.recomputes = flag
     return model
 
 

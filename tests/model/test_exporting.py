@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import tiny
 import tools
 import torch
 from dsv4cli.main import main
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dsv4ckpt import run as runs
@@ -30,6 +32,7 @@ from dsv4ckpt.errors import (
     Interrupted,
     MissingFile,
     NotConform,
+    NotFinite,
     NotLossless,
     SourceChanged,
     Usage,
@@ -37,12 +40,14 @@ from dsv4ckpt.errors import (
 )
 from dsv4ckpt.formats import MANIFEST_NAME, OUR_NAMES, Target
 from dsv4ckpt.stop import StopFlag
-from dsv4model.exporting import checkpoint_at, planned
+from dsv4model import adapter_export, peft
+from dsv4model.exporting import planned
 from dsv4model.loading import load, model_layout, quantized_modules, surveyed
 from dsv4model.model import Model
 from dsv4model.recipe import document_of, read_recipe
 from dsv4model.runs import BadRun, RunDirectory
 from dsv4model.simulate import fp4_weight
+from dsv4model.trained import Trained, checkpoint_at
 from dsv4model.trainer import Trainer, train
 
 pytestmark = [
@@ -56,27 +61,27 @@ Q_B = "model.layers.0.self_attn.q_b_proj.weight"
 LORA = ("train.what=lora", "lora.rank=4", "lora.alpha=12")
 
 
-class Trained(NamedTuple):
+class Ended(NamedTuple):
     """A run that has ended."""
 
     path: Path
     trainer: Trainer
 
 
-Train = Callable[..., Trained]
+Train = Callable[..., Ended]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Train:
     """trained(source, "train.qat=true"): two steps, made once for each set of changes. Nobody writes into the run."""
-    base, known = tmp_path_factory.mktemp("runs"), dict[tuple[Any, ...], Trained]()
+    base, known = tmp_path_factory.mktemp("runs"), dict[tuple[Any, ...], Ended]()
     lines = [
         json.dumps({"input_ids": [10 + (7 * number + step) % 50 for step in range(20)]})
         for number in range(9)
     ]
     (base / "tokens.jsonl").write_text("\n".join(lines))
 
-    def made(source: Path, *changes: str) -> Trained:
+    def made(source: Path, *changes: str) -> Ended:
         key = (source, *changes)
         if key not in known:
             path = base / str(len(known))
@@ -88,7 +93,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Train:
             """
             trainer = Trainer(read_recipe(text.encode(), changes))
             train(trainer, StopFlag())
-            known[key] = Trained(path, trainer)
+            known[key] = Ended(path, trainer)
         return known[key]
 
     return made
@@ -355,6 +360,31 @@ def test_adapters_whose_change_would_vanish_are_refused_until_allowed(
 
 
 @pytest.mark.slow
+def test_advice_for_a_change_that_vanishes_is_true(
+    made: Callable[..., Path], trained: Train, tmp_path: Path
+) -> None:
+    """As FP8, the weight keeps the share that the error told."""
+    source = made("flash")
+    done = trained(source, *LORA, "optimizer.lr=0.02", 'lora.targets=["*.layers.1.mlp.experts.down_proj"]')
+    with pytest.raises(VanishingChange) as told:
+        export(done.path, tmp_path / "no")
+    found = re.search(r"--to fp8 --allow-lossy keeps (\d+)%", str(told.value.facts["do"]))
+    assert found
+    expert = int(str(told.value.facts["found"]).split(".experts.")[1].split(".")[0])
+    for to in ("fp8", "bf16"):
+        assert dsv4("export", done.path, tmp_path / to, "--to", to, "--allow-lossy")[0] == 0
+    name = "model.layers.1.mlp.experts.down_proj"
+    before, wanted, kept = (
+        load(path, torch.float64).get_parameter(name)[expert].detach()
+        for path in (source, tmp_path / "bf16", tmp_path / "fp8")
+    )
+    delta = wanted - before
+    assert float(((kept - before) * delta).sum() / delta.square().sum()) == pytest.approx(
+        int(found[1]) / 100, abs=0.05
+    )
+
+
+@pytest.mark.slow
 def test_adapters_on_a_packed_base_as_native_leave_all_else_alone(
     made: Callable[..., Path], trained: Train, tmp_path: Path
 ) -> None:
@@ -365,6 +395,162 @@ def test_adapters_on_a_packed_base_as_native_leave_all_else_alone(
     changed = differing(tmp_path / "out", source)
     assert changed and all(name.startswith("layers.1.ffn.experts.") and ".w2." in name for name in changed)
     assert all(loss.kept_share and loss.kept_share > 0.5 for loss in summary.losses)
+
+
+@pytest.mark.slow
+def test_merging_holds_the_adapter_of_one_expert_at_a_time(
+    made: Callable[..., Path], trained: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of all experts of Flash are gigabytes."""
+    done, asked = trained(made("flash"), *LORA, 'lora.targets=["*.experts.*"]'), []
+    rows = Trained.rows
+    monkeypatch.setattr(
+        Trained,
+        "rows",
+        lambda self, name, first, count: asked.append((name, count)) or rows(self, name, first, count),
+    )
+    export(done.path, tmp_path / "out", to="bf16")
+    assert {name for name, _ in asked} == done.trainer.parameters.keys()
+    for name, count in asked:
+        assert count <= done.trainer.parameters[name].shape[-2], name
+
+
+# ---- adapters, not merged
+
+
+PARTS = ("*.self_attn.kv_proj", "*.self_attn.o_a_proj", "*.mlp.experts.*_proj")  # of the stack and of MTP
+
+
+def adapted(trained: Train, source: Path) -> Ended:
+    return trained(source, *LORA, f"lora.targets={json.dumps(PARTS)}")
+
+
+@pytest.mark.slow
+def test_adapters_apart_are_the_runs_own_numbers_as_peft_lays_them_out(
+    smallest: Path, trained: Train, tmp_path: Path
+) -> None:
+    """lora.Linear: A [r, in], B [out, r]. lora.ParamWrapper of E experts: A [E * r, in], B [out, r * E], r outer."""
+    done, out = adapted(trained, smallest), tmp_path / "out"
+    code, words = dsv4("export", done.path, out, "--adapter")
+    assert code == 0, words
+    found, expected = load_file(out / "adapter_model.safetensors"), dict[str, Tensor]()
+    for name, parameter in done.trainer.parameters.items():
+        owner, slot, leaf = name.rsplit(".", 2)
+        values = parameter.detach()
+        if slot != "adapter":  # of experts; two in one module: gate_up is wrapped first
+            experts, rank = len(values), 4
+            owner += ".base_layer" if slot == "gate_up_adapter" else ""
+            if leaf == "lora_A":
+                values = torch.cat([values[expert] for expert in range(experts)])
+            else:
+                columns = [values[expert][:, number] for number in range(rank) for expert in range(experts)]
+                values = torch.stack(columns, 1)
+        expected[f"base_model.model.{owner}.{leaf}.weight"] = values
+    assert found.keys() == expected.keys() and any(".mtp." in name for name in found)
+    for name, tensor in expected.items():
+        assert found[name].dtype == torch.float32 and torch.equal(found[name], tensor), name
+        assert name.endswith("lora_A.weight") or float(tensor.abs().max()) > 0, "it learned"
+    config = json.loads((out / "adapter_config.json").read_bytes())
+    state = done.trainer.model.state_dict()
+    learners = [name for name in state if "adapter" not in name and any(
+        part in name for part in ("kv_proj.weight", "o_a_proj.weight", ".experts."))]  # fmt: skip
+    named = [*config["target_parameters"], *(f"{name}.weight" for name in config["target_modules"])]
+    assert sorted(named) == sorted(learners)
+    assert config["peft_type"] == "LORA" and (config["r"], config["lora_alpha"]) == (4, 12)
+    assert config["base_model_name_or_path"] == str(smallest)
+
+
+@pytest.mark.slow
+def test_adapters_apart_are_what_the_model_saves_and_load_into_it(
+    smallest: Path, trained: Train, tmp_path: Path
+) -> None:
+    done, out = adapted(trained, smallest), tmp_path / "out"
+    assert dsv4("export", done.path, out, "--adapter")[0] == 0
+    peft.save_adapters(done.trainer.model, tmp_path / "saved", str(smallest))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (out / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
+    model = load(smallest, torch.float32)
+    peft.load_adapters(model, out)
+    assert torch.equal(logits_of(model), logits_of(done.trainer.model))
+    sums = (out / "dsv4.sha256").read_text().splitlines()
+    names = {"adapter_model.safetensors", "adapter_config.json"}
+    told = {item["file"]: item["sha256"] for item in json.loads((out / MANIFEST_NAME).read_bytes())["files"]}
+    digests = tiny.tree_of(out)
+    assert sums == [f"{digests[name]}  {name}" for name in sorted(names)]
+    assert told == {name: digest for name, digest in digests.items() if name != MANIFEST_NAME}
+    assert digests.keys() == names | {"dsv4.sha256", MANIFEST_NAME}
+
+
+@pytest.mark.slow
+def test_adapters_apart_continue_and_are_not_mixed_with_those_of_another_step(
+    smallest: Path, trained: Train, tmp_path: Path
+) -> None:
+    directory, out = RunDirectory(str(adapted(trained, smallest).path)), tmp_path / "out"
+    made, stop = adapter_export.planned(directory, checkpoint_at(directory, 2)), StopFlag()
+    other = adapter_export.planned(directory, checkpoint_at(directory, 1))
+
+    def interrupt(count: int) -> None:
+        stop.signal_number = signal.SIGTERM
+
+    with pytest.raises(Interrupted):
+        adapter_export.execute(made, str(out), on_bytes=interrupt, stop=stop)
+    assert not out.exists()
+    program = """
+import os, signal, sys
+from dsv4model import adapter_export, peft
+from dsv4model.runs import RunDirectory
+from dsv4model.trained import checkpoint_at
+directory, write = RunDirectory(sys.argv[1]), peft.write_files
+def killed(files, out, values, on_bytes):
+    out.publish_bytes = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    write(files, out, values, on_bytes)
+peft.write_files = killed
+adapter_export.execute(adapter_export.planned(directory, checkpoint_at(directory, 2)), sys.argv[2])
+"""
+    killed = subprocess.run([sys.executable, "-c", program, directory.path, str(out)], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert sorted(os.listdir(out)) == [".dsv4", "adapter_model.safetensors"]
+    with pytest.raises(ForeignOutput):
+        adapter_export.execute(other, str(out))
+    assert adapter_export.execute(made, str(out)).num_resumed == 1
+    adapter_export.execute(made, str(tmp_path / "whole"))
+    assert tiny.tree_of(out) == tiny.tree_of(tmp_path / "whole")
+    assert adapter_export.execute(made, str(out)).was_complete
+    with pytest.raises(ForeignOutput):
+        adapter_export.execute(other, str(out))
+    assert tiny.tree_of(out) == tiny.tree_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_adapters_that_are_not_finite_are_not_written(smallest: Path, trained: Train, tmp_path: Path) -> None:
+    done, run = adapted(trained, smallest), tmp_path / "run"
+    shutil.copytree(done.path, run)
+    name = next(name for name in done.trainer.state() if name.endswith("down_adapter.lora_B"))
+    rewritten(run, lambda state: state[name][-1].fill_(float("nan")), done.trainer)
+    code, words = dsv4("export", run, tmp_path / "out", "--adapter")
+    assert code == NotFinite.exit_code and "experts.down_proj" in words
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_adapters_apart_are_of_runs_that_have_some_and_of_nothing_that_merging_asks(
+    smallest: Path, trained: Train, tmp_path: Path
+) -> None:
+    code, words = dsv4("export", trained(smallest).path, tmp_path / "out", "--adapter")
+    assert code == Usage.exit_code and "the run has no adapters" in words and "leave out --adapter" in words
+    run = adapted(trained, smallest).path
+    for flag in (
+        ("--to", "native"),
+        ("--names", "deepseek"),
+        ("--scale-policy", "keep"),
+        ("--max-shard-size", "5GB"),
+        ("--workers", "2"),
+        ("--allow-lossy",),
+    ):
+        code, words = dsv4("export", run, tmp_path / "out", "--adapter", *flag)
+        assert code == Usage.exit_code and f"{flag[0]} goes with merged weights" in words
+    code, words = dsv4("export", run, tmp_path / "out", "--adapter", "--dry-run")
+    assert code == 0 and "this was a dry run" in words and not os.listdir(tmp_path)
 
 
 # ---- other formats
@@ -589,8 +775,9 @@ def test_export_that_was_killed_continues_to_the_same_bytes(
     program = """
 import os, signal, sys
 from dsv4ckpt import run
-from dsv4model.exporting import checkpoint_at, planned
+from dsv4model.exporting import planned
 from dsv4model.runs import RunDirectory
+from dsv4model.trained import checkpoint_at
 directory = RunDirectory(sys.argv[1])
 with planned(directory, checkpoint_at(directory, None)) as (made, shown):
     run.execute(made, shown, sys.argv[2], num_workers=1, accept_changes=True,
@@ -657,8 +844,9 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from peaks import kilobytes
 from dsv4ckpt import run
-from dsv4model.exporting import checkpoint_at, planned
+from dsv4model.exporting import planned
 from dsv4model.runs import RunDirectory
+from dsv4model.trained import checkpoint_at
 
 def export(path, out, to):
     directory = RunDirectory(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from random_model import distance, random_ids, random_model
+from random_model import distance, random_ids, random_model, recomputing
 from tiny_model import tiny_document
 from torch import Tensor
 
@@ -20,7 +21,9 @@ from dsv4model.config import Config
 from dsv4model.generate import generate
 from dsv4model.layers import linear_wide
 from dsv4model.model import Model, initialize
+from dsv4model.recipe import read_recipe
 from dsv4model.simulate import Simulation
+from dsv4model.trainer import Trainer
 
 pytestmark = [
     pytest.mark.slow,
@@ -129,6 +132,14 @@ def test_gradients_are_the_same_bits_again_with_deterministic_algorithms() -> No
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.usefixtures("deterministic")
+def test_gradients_of_recomputed_blocks_are_the_same_bits() -> None:
+    model = random_model(torch.bfloat16).cuda()
+    kept = gradients(model, IDS.cuda())
+    again = gradients(recomputing(model), IDS.cuda())
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
 def test_cache_gives_what_one_pass_gives() -> None:
     model = random_model(torch.float64).cuda()
     cache = Cache(model.config)
@@ -197,3 +208,30 @@ def test_weights_to_train_from_scratch_are_made_on_the_device() -> None:
     table = model.model.layers[0].mlp.gate.tid2eid
     assert all(len(set(row)) == table.shape[1] for row in table.tolist())
     assert all(x.isfinite().all() and x.is_cuda for x in model.state_dict().values())
+
+
+# ---- training
+
+
+def test_offloaded_masters_train_the_weights_on_the_device(made: Callable[..., Path], tmp_path: Path) -> None:
+    """As masters beside the weights do. AdamW's first step is a gradient's sign, and atomic sums may turn a few."""
+    (tmp_path / "tokens.jsonl").write_text(json.dumps({"input_ids": list(range(10, 60))}))
+    text = f"""
+        [model]\nsource = "{made("flash")}"\ndevice = "cuda"\ndtype = "bfloat16"
+        [train]\nrun = "{tmp_path / "run"}"\nsteps = 1\nrows = 1
+        [data]\nfiles = ["{tmp_path / "tokens.jsonl"}"]\nkind = "tokens"\nlength = 64
+        [optimizer]\nmasters = true\nclip = 0.0
+    """
+    beside, away = (
+        Trainer(read_recipe(text.encode(), [f"optimizer.offload={flag}"])) for flag in ("false", "true")
+    )
+    assert beside.step(0).loss == away.step(0).loss
+    masters = {name: tensor for name, tensor in away.state().items() if name.endswith("/master")}
+    assert masters
+    for name, master in masters.items():
+        weight = away.parameters[name.removeprefix("optim.").removesuffix("/master")]
+        assert weight.is_cuda and not master.is_cuda
+        assert torch.equal(weight.cpu(), master.bfloat16())
+        theirs = beside.state()[name].cpu()
+        close = torch.isclose(master, theirs, rtol=2.0**-22, atol=1e-8)  # a thousandth of the step
+        assert close.float().mean() > 0.99, name

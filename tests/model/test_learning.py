@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dsv4model
 from dsv4ckpt.errors import Usage
@@ -30,6 +33,15 @@ def test_frozen_parameters_are_those_that_the_patterns_name(model: Model) -> Non
     assert not frozen & left.keys()
     assert set(frozen) | left.keys() == {name for name, _ in model.named_parameters()}
     assert all(name.startswith("mtp.") or ".gate." in name for name in frozen)
+
+
+def test_pattern_with_a_mark_takes_names_out_of_those_before(model: Model) -> None:
+    learning.freeze(model, ["*", "!*.mlp.gate.*", "!mtp.*", "mtp.0.norm.*"])
+    names = [name for name, _ in model.named_parameters()]
+    wanted = [name for name in names if ".mlp.gate." in name or name.startswith("mtp.")]
+    assert sorted(learning.learning(model)) == sorted(name for name in wanted if ".0.norm." not in name)
+    with pytest.raises(Usage, match=r"!\*.robots"):
+        learning.freeze(model, ["!*.robots.*"])
 
 
 def test_pattern_that_fits_nothing_and_a_model_that_learns_nothing_are_errors(model: Model) -> None:
@@ -70,7 +82,11 @@ def test_state_is_there_before_the_first_step_and_changes_nothing(kind: Optimize
     lazy: list[torch.optim.Optimizer] = []
     theirs = dict(twin.named_parameters())
     if kind is Optimizer.ADAMW:
-        lazy = [torch.optim.AdamW(theirs.values(), lr=1e-3, betas=part.betas, eps=part.eps, weight_decay=0)]
+        lazy = [
+            torch.optim.AdamW(
+                theirs.values(), lr=1e-3, betas=part.betas, eps=part.eps, weight_decay=0, fused=True
+            )
+        ]
     for _ in range(2):
         for number, (name, parameter) in enumerate(parameters.items()):
             if number % 2:
@@ -81,6 +97,51 @@ def test_state_is_there_before_the_first_step_and_changes_nothing(kind: Optimize
     assert set(learning.optimizer_tensors(parameters, optimizers)) == before
     if lazy:
         assert all(torch.equal(parameter, theirs[name]) for name, parameter in parameters.items())
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {leaf.data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        sizes = [leaf.untyped_storage().nbytes() for leaf in made if leaf.data_ptr() not in given]
+        self.largest = max([self.largest, *sizes])
+        return out
+
+
+def test_adamw_makes_nothing_of_a_parameters_size() -> None:
+    parameters = {name: torch.nn.Parameter(torch.ones(64, 64)) for name in ("a.weight", "b.weight")}
+    (adamw,) = learning.optimizers_of(parameters, OptimizerPart(weight_decay=0.1), 1e-3)
+    for parameter in parameters.values():
+        parameter.grad = torch.ones(64, 64)
+    with Allocations() as seen:
+        adamw.step()
+    assert seen.largest <= 8
+    assert all((parameter < 1).all() for parameter in parameters.values())
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adamw_is_its_formula_whatever_the_strides_of_a_gradient(decay: float) -> None:
+    """Oracle: Loshchilov and Hutter (arXiv 1711.05101), algorithm 2, in float64."""
+    part = OptimizerPart(weight_decay=decay, eps=1e-3)
+    weight = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+    parameters = {"a.weight": torch.nn.Parameter(weight.clone())}
+    (adamw,) = learning.optimizers_of(parameters, part, 0.1)
+    wanted, first, second = weight.double(), torch.zeros(5, 3), torch.zeros(5, 3)
+    for step in range(1, 4):
+        grad = torch.randn(3, 5, generator=torch.Generator().manual_seed(step + 1)).T
+        parameters["a.weight"].grad = grad
+        adamw.step()
+        one, two = part.betas
+        first = one * first + (1 - one) * grad.double()
+        second = two * second + (1 - two) * grad.double().square()
+        wanted = wanted * (1 - 0.1 * decay)
+        wanted -= 0.1 * (first / (1 - one**step)) / ((second / (1 - two**step)).sqrt() + part.eps)
+    assert torch.allclose(parameters["a.weight"].double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_rate_warms_up_and_falls_to_its_least() -> None:
@@ -96,7 +157,7 @@ def test_rate_warms_up_and_falls_to_its_least() -> None:
     assert learning.rate(3, 4, OptimizerPart(decay=Decay.CONSTANT), 0.3) == 0.3
 
 
-def test_clip_is_torchs_and_measures_without_a_limit() -> None:
+def test_norm_and_clip_are_torchs() -> None:
     generator = torch.Generator().manual_seed(1)
     ours = [
         torch.nn.Parameter(torch.zeros(5, 3)),
@@ -107,9 +168,11 @@ def test_clip_is_torchs_and_measures_without_a_limit() -> None:
     for one, other in zip(ours[:2], theirs, strict=False):
         one.grad = torch.randn(one.shape, generator=generator)
         other.grad = one.grad.clone()
-    norm = learning.clip(ours, 0.0)
+    norm = learning.gradient_norm(ours)
     assert norm.dtype == torch.float32
-    learning.clip(ours, 1.0)
+    learning.clip(ours, norm, 0.0)
+    assert learning.gradient_norm(ours) == norm
+    learning.clip(ours, norm, 1.0)
     wanted = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
     assert norm == pytest.approx(float(wanted))
     for one, other in zip(ours[:2], theirs, strict=False):
@@ -117,4 +180,4 @@ def test_clip_is_torchs_and_measures_without_a_limit() -> None:
         assert torch.allclose(one.grad, other.grad, rtol=1e-6)
     assert ours[2].grad is None
     ours[0].grad = torch.full((5, 3), torch.nan)
-    assert not learning.clip(ours, 1.0).isfinite()
+    assert not learning.gradient_norm(ours).isfinite()

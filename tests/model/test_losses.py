@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,6 +103,27 @@ def test_balance_of_even_routing_is_one_a_token() -> None:
     scores = torch.ones(12, 4, dtype=torch.float64)
     ids = torch.arange(24).view(12, 2) % 4
     assert float(losses.balance(scores, ids, torch.zeros(12))) == pytest.approx(12)
+
+
+def test_router_sums_are_those_of_the_logits() -> None:
+    """Also of logits whose exponential float32 does not hold, and of such that have next to none."""
+    from dsv4model.moe import affinity
+
+    logits = random(9, 8, dtype=torch.float64) * 5
+    logits[1], logits[2, 3], logits[3, 4] = -40, 120, -70
+    documents = torch.tensor([0, 0, 1, 2, -1, 2, 2, -1, 3])
+    wanted_z = wanted_entropy = 0.0
+    for token in range(9):
+        if documents[token] < 0:
+            continue
+        wanted_z += float(logits[token].logsumexp(0)) ** 2
+        shares = [math.sqrt(math.log1p(math.exp(logit))) for logit in logits[token].tolist()]
+        shares = [share / sum(shares) for share in shares]
+        wanted_entropy -= sum(share * math.log(share) for share in shares)
+    scores = affinity(logits.float()).requires_grad_()
+    got = losses.router_sums(scores, documents)
+    assert not got.requires_grad
+    assert got.tolist() == pytest.approx([wanted_z, wanted_entropy], rel=1e-5)
 
 
 def test_bias_rises_where_load_is_low() -> None:

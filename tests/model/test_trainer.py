@@ -17,6 +17,7 @@ import torch
 
 from dsv4ckpt.errors import Busy, Diverged, Dsv4Error, ForeignOutput, Interrupted, Usage
 from dsv4ckpt.stop import StopFlag
+from dsv4model import trainer as trainer_module
 from dsv4model.losses import IGNORED
 from dsv4model.recipe import Recipe, read_recipe
 from dsv4model.runs import BadRun, RunDirectory
@@ -64,7 +65,7 @@ def run_of(
     trainer, stop = Trainer(made), stop or StopFlag()
 
     def on_step(step: Step, _: float) -> None:
-        if until is not None and step.step + 1 == until:
+        if until is not None and step.step == until:
             stop.signal_number = signal.SIGTERM
 
     try:
@@ -99,7 +100,7 @@ def test_loss_falls_and_nothing_that_is_frozen_moves(make: Make, smallest: Path)
     trainer, outcome = run_of(made)
     assert outcome is not None and outcome.last is not None
     told = metrics(made)
-    assert [line["step"] for line in told] == list(range(40))
+    assert [line["step"] for line in told] == list(range(1, 41))
     assert told[-1]["loss"] < 0.6 * told[0]["loss"]
     assert told[-1]["mtp_loss"] < 0.8 * told[0]["mtp_loss"]
     moved = {name for name in same(before.state(), trainer.state()) if name.startswith("model.")}
@@ -185,6 +186,33 @@ def test_selection_bias_moves_against_the_load_and_only_if_asked(flash: Path, ma
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("micro_rows", [1, 2])
+def test_size_and_evenness_of_routers_are_told(micro_rows: int, flash: Path, make: Make) -> None:
+    """Over all tokens but padding, of the mean router that chooses."""
+    changes = ["train.rows=2", f"train.micro_rows={micro_rows}", "data.pack=false"]
+    trainer = Trainer(make(*changes, source=flash))
+    choosing = [router for router in trainer._routers.values() if not router.hashes]
+    z, entropy = [], []
+
+    def heard(router: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        logits = inputs[0].detach().double() @ router.weight.detach().double().T
+        shares = torch.nn.functional.softplus(logits).sqrt()
+        shares /= shares.sum(-1, keepdim=True)
+        z.append(logits.logsumexp(-1) ** 2)
+        entropy.append(-(shares * shares.log()).sum(-1))
+
+    for router in choosing:
+        router.register_forward_pre_hook(heard)
+    step = trainer.step(0)
+    batch = trainer.rows.batch(0, 2)
+    per_pass = [row.flatten() >= 0 for row in batch.documents.split(micro_rows)]
+    counted = torch.cat([passed for passed in per_pass for _ in choosing])
+    assert 0 < int(counted.sum()) < len(counted)  # there is padding
+    assert step.router_z == pytest.approx(float(torch.cat(z)[counted].mean()), rel=1e-5)
+    assert step.router_entropy == pytest.approx(float(torch.cat(entropy)[counted].mean()), rel=1e-5)
+
+
+@pytest.mark.slow
 def test_quantization_aware_training_computes_with_the_weights_that_are_exported(make: Make) -> None:
     trainer = Trainer(make("train.qat=true"))
     plain = Trainer(make())
@@ -247,7 +275,7 @@ from dsv4ckpt.stop import StopFlag
 from dsv4model.recipe import read_recipe
 from dsv4model.trainer import Trainer, train
 made = read_recipe(sys.stdin.buffer.read())
-train(Trainer(made), StopFlag(), lambda step, _: step.step == 7 and os.kill(os.getpid(), signal.SIGKILL))
+train(Trainer(made), StopFlag(), lambda step, _: step.step == 8 and os.kill(os.getpid(), signal.SIGKILL))
 """
     made = make("checkpoint.every=3", run="killed")
     text = f"""
@@ -265,7 +293,7 @@ train(Trainer(made), StopFlag(), lambda step, _: step.step == 7 and os.kill(os.g
     resumed, outcome = run_of(made)
     assert outcome is not None and outcome.first_step == 6
     assert same(weights(whole), weights(resumed)) == []
-    assert [line["step"] for line in metrics(made)] == list(range(10))
+    assert [line["step"] for line in metrics(made)] == list(range(1, 11))
 
 
 @pytest.mark.slow
@@ -275,7 +303,7 @@ def test_loss_that_is_not_finite_stops_and_touches_nothing(make: Make) -> None:
     poison = trainer.model.model.norm.weight
 
     def on_step(step: Step, _: float) -> None:
-        if step.step == 2:
+        if step.step == 3:
             with torch.no_grad():
                 poison[0] = torch.nan
 
@@ -327,6 +355,31 @@ def test_other_data_does_not_continue_a_run(begun: Recipe, make: Make, data: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["recipe", "data", "directory"])
+def test_what_does_not_continue_is_refused_before_weights_are_read(
+    how: str, begun: Recipe, make: Make, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(trainer_module, "load")
+    lines = data.read_text()
+    if how == "data":
+        data.write_text(lines + '{"input_ids": [11, 12, 13]}\n')
+    if how == "directory":
+        Path(begun.train.run, "recipe.json").rename(Path(begun.train.run, "thesis.txt"))
+    try:
+        refused(Usage, make("optimizer.lr=0.1" if how == "recipe" else "optimizer.lr=1e-3"))
+    finally:
+        data.write_text(lines)
+
+
+@pytest.mark.slow
+def test_run_that_another_recipe_began_since_is_refused(make: Make) -> None:
+    trainer = Trainer(make("optimizer.lr=0.1"))
+    run_of(make(), until=1)
+    with pytest.raises(Usage, match=r"optimizer\.lr"):
+        train(trainer, StopFlag())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cut", "missing file", "no about", "pickle", "fewer steps"])
 def test_checkpoint_that_is_not_whole_is_refused(how: str, begun: Recipe, make: Make) -> None:
     (found,) = RunDirectory(begun.train.run).checkpoints()
@@ -364,8 +417,8 @@ def test_loss_on_unseen_data_is_told_and_changes_nothing(make: Make, data: Path)
     looked, outcome = run_of(make(*extra, run="looked"))
     plain, _ = run_of(make(run="plain"))
     told = {line["step"]: line["eval_loss"] for line in metrics(make(run="looked")) if "eval_loss" in line}
-    assert list(told) == [3, 7, 9]
-    assert outcome is not None and outcome.eval_loss == told[9] < told[3]
+    assert list(told) == [4, 8, 10]
+    assert outcome is not None and outcome.eval_loss == told[10] < told[4]
     assert same(weights(looked), weights(plain)) == []
     unseen, rows = looked.eval_rows, looked.rows
     assert unseen is not None

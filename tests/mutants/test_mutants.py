@@ -249,7 +249,7 @@ MUTANTS = (
     Mutant(
         "the list has every file",
         "dsv4ckpt/run.py",
-        "    _write_sums(out)\n",
+        "    write_sums(out)\n",
         "",
         f"{CONVERT} sha256sum",
     ),
