@@ -36,7 +36,7 @@ from dsv4ckpt.inventory import lay_out, logical_tensors
 from dsv4ckpt.names import Namespace
 from dsv4ckpt.release import RELEASES
 from dsv4ckpt.stop import StopFlag
-from dsv4model.recipe import Recipe, every_key, read_recipe
+from dsv4model.recipe import Recipe, read_recipe
 from dsv4model.rows import order_of, packed
 from dsv4model.trainer import Trainer, train
 
@@ -48,10 +48,10 @@ SMALL = {
 }  # fmt: skip
 MTP = {"num_nextn_predict_layers": 1, "compress_ratios": [*models.SIZES["compress_ratios"], 0]}
 OURS, OURS_MTP, THEIRS = "ours", "ours+mtp", "theirs"
-SAME_LOSS = 1e-4  # of it: float32 sums in another order, and what two steps of AdamW make of them
+FIRST = 5e-5  # of losses and norms: sums in another order
+LATER = 1e-2  # AdamW's first steps follow the signs of gradients that are nearly 0
 ROW, NUM_DOCUMENTS = 2048, 8192
 DISTRIBUTIONS = ((400, 1.0), (800, 0.5), (1200, 0.5))  # of lengths of documents
-BACKGROUND = "checkpoint.background"
 Found = dict[str, Any]
 
 
@@ -137,7 +137,7 @@ def their_step(length: int, steps: int, chosen: argparse.Namespace) -> Learner:
         norm = torch.nn.utils.clip_grad_norm_(learners, CLIP)
         adamw.step()
         adamw.zero_grad()
-        return {"loss": float(loss), "norm": float(norm)}
+        return {"loss": float(loss.detach()), "norm": float(norm)}
 
     return Learner(step, bytes_of([*model.state_dict().values(), *learners, *learners]))
 
@@ -185,7 +185,7 @@ def steps(chosen: argparse.Namespace) -> None:
     print("S         " + "|  ours    +MTP    theirs  ratio  " * 3)
     for length in chosen.lengths:
         found = {}
-        for what in (OURS, OURS_MTP, *([THEIRS] if length <= models.OURS_ONLY // 2 else [])):
+        for what in (OURS, OURS_MTP, *([THEIRS] if length < models.OURS_ONLY else [])):
             found[what] = in_own_process(what, "memory", str(length), chosen=chosen, give_back=True)
             if not chosen.quick:
                 timed = in_own_process(what, "time", str(length), chosen=chosen)
@@ -203,8 +203,7 @@ def require_same(ours: list[Found], theirs: list[Found]) -> None:
     """The same computation, or there is nothing to compare."""
     for number, (one, other) in enumerate(zip(ours, theirs, strict=True)):
         for key in ("loss", "norm"):
-            within = SAME_LOSS if key == "loss" or number == 0 else 100 * SAME_LOSS
-            if not math.isclose(one[key], other[key], rel_tol=within):
+            if not math.isclose(one[key], other[key], rel_tol=LATER if number else FIRST):
                 raise SystemExit(f"step {number + 1}: {key} {one[key]} is not transformers' {other[key]}")
 
 
@@ -257,9 +256,8 @@ def checkpoints_of(chosen: argparse.Namespace) -> Found:
     """Seconds of steps and of whole runs; seconds of saving the same tensors plainly."""
     length, steps = (128, 3) if chosen.quick else (512, 6)
     document = our_document(OURS, chosen.quick)
-    ways = {"none": [], "every step": ["checkpoint.every=1"]}
-    if any(told.name == BACKGROUND for told in every_key()):
-        ways["in the background"] = [*ways["every step"], f"{BACKGROUND}=true"]
+    every = "checkpoint.every=1"
+    ways = {"none": [], "every step": [every], "in the background": [every, "checkpoint.background=true"]}
     with tempfile.TemporaryDirectory(dir=chosen.dir) as name:
         place, found = Path(name), {}
         for way, changes in ways.items():

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from tqdm import tqdm
 
+from dsv4ckpt import paper
 from dsv4ckpt.errors import EXIT_OK, Diverged, Interrupted, MissingFile, Usage
 from dsv4ckpt.stop import StopFlag
+from dsv4ckpt.survey import survey
 from dsv4model import recipe
 from dsv4model.recipe import MAX_RECIPE_BYTES, Recipe, Told
 
@@ -39,11 +41,23 @@ _CURVE = "loss.svg"
     help="Say what would be trained, from headers and data; load no weights. With -v: every key.",
 )
 @click.option(
+    "--ranks",
+    "num_ranks",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="--dry-run: say what each of N ranks would hold, divided as [parallel] says.",
+)
+@click.option(
     "--keys", "lists_keys", is_flag=True, help="List every key of a recipe: default, unit and meaning."
 )
 @common_options
 def command(
-    recipe_path: str | None, changes: tuple[str, ...], dry_run: bool, lists_keys: bool, console: Console
+    recipe_path: str | None,
+    changes: tuple[str, ...],
+    dry_run: bool,
+    num_ranks: int | None,
+    lists_keys: bool,
+    console: Console,
 ) -> int:
     """Train a model as the TOML file RECIPE says, with KEY=VALUE after it in place of what stands there.
 
@@ -55,18 +69,27 @@ def command(
     Examples:
       dsv4 finetune recipes/sft.toml model.source=DeepSeek-V4-Flash train.run=runs/sft data.files='["chat.jsonl"]'
       dsv4 finetune recipes/sft.toml train.what=lora model.experts=packed --dry-run
+      dsv4 finetune recipes/lora-packed.toml model.source=release:flash --dry-run --ranks 8 parallel.experts=8
       dsv4 finetune --keys
       dsv4 export runs/sft tuned --to native
     """
     if lists_keys:
         return _list_keys(console)
+    if num_ranks and not dry_run:
+        raise Usage("--ranks goes with --dry-run", do="leave it out; torchrun starts ranks")
     if recipe_path is None:
         raise Usage(
             "no recipe was named",
             do="dsv4 finetune RECIPE.toml; recipes/ has some, --keys lists what may stand there",
         )
     made = recipe.read_recipe(_contents(recipe_path), changes)
-    if not os.path.isdir(made.model.source):
+    on_paper = made.model.source.startswith(paper.PREFIX)
+    if on_paper and not dry_run:
+        raise Usage(
+            f"{made.model.source} has no weights to train",
+            do="add --dry-run, or name a directory with the checkpoint",
+        )
+    if not on_paper and not os.path.isdir(made.model.source):
         raise MissingFile(
             "the checkpoint to start from is not there",
             found=repr(made.model.source),
@@ -77,26 +100,26 @@ def command(
     from dsv4model.runs import RunDirectory
     from dsv4model.trainer import Trainer, read_data, train
 
-    found, config = surveyed(made.model.source)
-    ahead = outlook(made, found, config)
+    if on_paper:
+        found, config = surveyed(survey(paper.on_paper(made.model.source.removeprefix(paper.PREFIX))))
+    else:
+        found, config = surveyed(made.model.source)
     if dry_run:
-        data = read_data(made, found, config)
+        ahead = outlook(made, found, config, num_ranks or 1)
+        document = {"recipe": recipe.document_of(made), **_outlook_document(ahead)}
+        data = None if on_paper else read_data(made, found, config)
         _say_outlook(made, ahead, console)
-        _say_data(made, data.corpus, data.rows, console)
-        console.document(
-            {"recipe": recipe.document_of(made), **_outlook_document(ahead), **_data_document(data)}
-        )
+        if data is not None:
+            _say_data(made, data.corpus, data.rows, console)
+            document |= _data_document(data)
+        console.document(document)
         if console.verbose:
             _say_recipe(made, console)
         console.say("nothing was loaded or written: this was a dry run")
         return EXIT_OK
     with ranks_of_this_job() as ranks:
         trainer = Trainer(made, ranks)
-        _say_outlook(made, ahead, console)
-        if ranks.size > 1:
-            console.say(
-                f"  ranks     {ranks.size:,}, each with {made.train.rows // ranks.size:,} rows of a step"
-            )
+        _say_outlook(made, outlook(made, found, config, ranks.size), console)
         _say_data(made, trainer.corpus, trainer.rows, console)
         run, stop = RunDirectory(made.train.run), StopFlag()
         if saved := _newest(run):
@@ -179,17 +202,37 @@ def _say_outlook(made: Recipe, ahead: Outlook, console: Console) -> None:
     by = f"AdamW {ahead.num_learning - ahead.num_muon:,}"
     by += f", Muon {ahead.num_muon:,}" if ahead.num_muon else ""
     console.say(f"  optimizer {by} parameters, lr {made.lr:g}")
-    console.say(f"  memory    weights {human(ahead.weight_bytes)}, gradients {human(ahead.gradient_bytes)}, optimizer "
-                f"{human(ahead.optimizer_bytes)}; activations come on top")  # fmt: skip
-    if ahead.offloaded_bytes:
-        console.say(f"            {human(ahead.offloaded_bytes)} of these in the CPU's memory")
+    memory = ahead.memory
+    console.say(f"  memory    weights {human(memory.weights)}, gradients {human(memory.gradients)}, optimizer "
+                f"{human(memory.optimizer)}; activations come on top")  # fmt: skip
+    if memory.offloaded:
+        console.say(f"            {human(memory.offloaded)} of these in the CPU's memory")
+    if sum(stage.num_ranks for stage in ahead.stages) > 1:
+        _say_ranks(made, ahead, console)
+
+
+def _say_ranks(made: Recipe, ahead: Outlook, console: Console) -> None:
+    """How the ranks divide it, and what each holds."""
+    num_parts, experts = ahead.stages[0].num_ranks, made.parallel.experts
+    console.say(
+        f"  ranks     {num_parts * len(ahead.stages):,}: {plural(len(ahead.stages), 'stage')} of "
+        f"{plural(num_parts, 'rank')}, experts in {plural(experts, 'part')}; "
+        f"{plural(made.train.rows // num_parts, 'row')} of a step each"
+    )
+    for stage in ahead.stages:
+        layers = f"layers {stage.layers.start} to {stage.layers.stop - 1}"
+        told = ", ".join(
+            f"{name} {human(size)}" for name, size in stage.memory._asdict().items() if name != "offloaded"
+        )
+        console.say(f"            {layers}: {human(stage.memory.together)} a rank ({told})")
 
 
 def _say_data(made: Recipe, corpus: Any, rows: Any, console: Console) -> None:
     epochs = made.train.steps * made.train.rows / rows.per_epoch
+    told = f"{epochs:,.0f}" if epochs >= 10 else f"{epochs:.2g}"
     console.say(f"  data      {plural(len(corpus.documents), 'document')}, {corpus.num_tokens:,} tokens of which "
                 f"{corpus.num_counted:,} are learned; {plural(rows.per_epoch, 'row')} an epoch, "
-                f"{rows.efficiency():.0%} filled; {epochs:.2g} epochs")  # fmt: skip
+                f"{rows.efficiency():.0%} filled; {told} epochs")  # fmt: skip
     for why, count in corpus.num_left.items():
         console.say(f"  left      {count:,} {why}")
     for error in corpus.told[:_SHOWN_LINES]:
@@ -203,12 +246,15 @@ def _outlook_document(ahead: Outlook) -> dict[str, Any]:
         "parameters": [group._asdict() for group in ahead.groups],
         "learning": ahead.num_learning,
         "muon": ahead.num_muon,
-        "bytes": {
-            "weights": ahead.weight_bytes,
-            "gradients": ahead.gradient_bytes,
-            "optimizer": ahead.optimizer_bytes,
-            "offloaded": ahead.offloaded_bytes,
-        },
+        "bytes": ahead.memory._asdict(),
+        "stages": [
+            {
+                "layers": [stage.layers.start, stage.layers.stop],
+                "ranks": stage.num_ranks,
+                "bytes_per_rank": stage.memory._asdict(),
+            }
+            for stage in ahead.stages
+        ],
     }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dsv4ckpt.errors import Usage
 
+from . import eightbit
 from .compressor import Indexer
 from .divided import is_divided, local, num_holders
 from .muon import Muon, has_halves, is_for_muon
@@ -116,7 +117,11 @@ def optimizers_of(
         for group, decay in ((names.decayed, part.weight_decay), (names.plain, 0.0))
         for divided in (False, True)  # torch does not step through both kinds together
     ]  # fmt: skip
-    if names.decayed or names.plain:
+    if not names.decayed and not names.plain:
+        return made
+    if part.kind is Optimizer.ADAMW8BIT:
+        made.append(eightbit.adamw(plain, lr, part.betas, part.eps))
+    else:
         # fused: one pass over each parameter, several times as fast on a CPU, and no temporaries
         adamw = torch.optim.AdamW(plain, lr=lr, betas=part.betas, eps=part.eps, fused=True)
         adamw.register_step_pre_hook(_straighten)
@@ -151,10 +156,11 @@ def optimizer_tensors(
     """All state by "name.of.parameter/kind": what a checkpoint holds and fills in place."""
     named: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
     return {
-        f"{named[parameter]}/{kind}": tensor
+        f"{named[parameter]}/{part}": tensor
         for optimizer in optimizers
         for parameter, state in optimizer.state.items()
-        for kind, tensor in state.items()
+        for kind, whole in state.items()
+        for part, tensor in eightbit.parts(kind, whole).items()
     }
 
 
@@ -204,7 +210,10 @@ def clip(parameters: Iterable[nn.Parameter], norm: Tensor, most: float) -> None:
 def set_rate(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)  # torchao insists
+            else:
+                group["lr"] = lr
 
 
 def zero_grad(parameters: Iterable[Any]) -> None:

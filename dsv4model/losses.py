@@ -1,7 +1,7 @@
 """What training minimises: sums over tokens, so that any division of a batch gives the same number.
 
 Every loss here is a sum; the trainer divides by the counts of the global batch.  Knows no files and no ranks.
-Source: paper sec. 4.2.1 (weights), DeepSeek-V3 eq. 17-20 (balance), DeepSeek-V3.2 sec. 2.1 (indexer).
+Source: paper sec. 4.2.1 (weights), DeepSeek-V3 eq. 17-20 (balance).  The indexer's loss: indexing.py.
 
     T tokens, H hidden, V vocabulary, E experts, K experts per token
 """

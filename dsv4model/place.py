@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dsv4ckpt.errors import Usage
 from dsv4ckpt.ranks import Ranks
 
-from .recipe import ParallelPart
+from .recipe import Optimizer, ParallelPart, Recipe, Train
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class Place:
     stage: int
     num_stages: int
     layers: range
+
+    @property
+    def num_ranks(self) -> int:
+        return self.num_parts * self.num_stages
 
     @property
     def is_first(self) -> bool:
@@ -77,6 +81,47 @@ class Place:
             stage=stage,
             num_stages=parallel.stages,
             layers=range(ends[stage] - counts[stage], ends[stage]),
+        )
+
+
+def require_sound(made: Recipe, place: Place) -> None:
+    """raises Usage for what ranks in such places do not do together"""
+    train, each = made.train, made.train.micro_rows * place.num_parts
+    if place.num_ranks == 1:
+        return
+    if train.rows % each:
+        raise Usage(
+            "the rows of a step cannot be divided over the ranks",
+            expected=f"train.rows a multiple of train.micro_rows * parts = {each:,}",
+            found=f"{train.rows:,}",
+            do="change train.rows, or start another number of ranks",
+        )
+    if train.rows // each < place.num_stages:
+        raise Usage(
+            "there are fewer micro-batches than stages",
+            expected=f"train.rows of {each * place.num_stages:,} at least, for {place.num_stages:,} stages",
+            found=f"{train.rows:,}",
+            do="take more rows, or fewer of them at a time",
+        )
+    if made.model.device != "cpu":
+        raise Usage(
+            "several ranks train on CPUs only so far",
+            found=f"model.device {made.model.device!r}",
+            do="start one process for a GPU",
+        )
+    if made.optimizer.kind is Optimizer.ADAMW8BIT:
+        raise Usage(
+            "8-bit moments are not divided over ranks",
+            expected='optimizer.kind = "adamw"',
+            found=made.optimizer.kind.value,
+            do="take that, or start one process",
+        )
+    if train.what is Train.LORA and place.num_stages > 1:
+        raise Usage(
+            "adapters are not trained in stages",
+            expected="parallel.stages 1",
+            found=f"{place.num_stages:,}",
+            do="divide rows and experts only",
         )
 
 

@@ -39,6 +39,7 @@ class Kind(StrEnum):
 
 class Optimizer(StrEnum):
     ADAMW = "adamw"
+    ADAMW8BIT = "adamw8bit"
     MUON = "muon"
 
 
@@ -132,7 +133,10 @@ class DataPart:
 class OptimizerPart:
     """[optimizer]"""
 
-    kind: Optimizer = key("adamw, or the paper's Muon for matrices and AdamW for the rest", Optimizer.ADAMW)
+    kind: Optimizer = key(
+        "adamw; adamw8bit, whose moments are 8-bit codes (torchao); the paper's muon for matrices, AdamW for the rest",
+        Optimizer.ADAMW,
+    )
     lr: float | None = key("learning rate. None: 1e-5, with lora 1e-4", None)
     betas: tuple[float, float] = key("decay of the moments (paper)", (0.9, 0.95))
     eps: float = key("AdamW's; the paper trains with 1e-20, far below float32's use in the wild", 1e-8)
@@ -295,7 +299,9 @@ def document_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
 def _apply(document: dict[str, Any], change: str) -> None:
     name, equals, text = change.partition("=")
     part, dot, inner = name.strip().partition(".")
-    if not equals or not dot:
+    if equals and part and not dot:
+        raise _unknown(part, _names(Recipe))
+    if not equals or not part:
         raise Usage(
             f"{change[:80]!r} changes no key of the recipe",
             expected="key=value, such as train.steps=10",
@@ -371,8 +377,8 @@ def _words(wanted: Any) -> str:
 
 
 def _unknown(name: str, known: Sequence[str]) -> Usage:
-    inner = name.partition(".")[2]
-    elsewhere = [told.name for told in every_key() if inner and told.name.partition(".")[2] == inner]
+    inner = name.rpartition(".")[2]
+    elsewhere = [told.name for told in every_key() if told.name.partition(".")[2] == inner]
     near = elsewhere or difflib.get_close_matches(name, known, 1, 0.5)
     return Usage(
         f"there is no key {name[:80]!r}",

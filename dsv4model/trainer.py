@@ -24,7 +24,7 @@ from dsv4ckpt.ranks import ALONE, Ranks
 from dsv4ckpt.stop import StopFlag
 from dsv4ckpt.survey import Survey
 
-from . import learning, loggers, losses, recipe, trusted
+from . import eightbit, learning, loggers, losses, recipe, trusted
 from .chat import Texts
 from .compressor import Indexer
 from .config import Config
@@ -35,8 +35,8 @@ from .losses import IGNORED
 from .masters import Masters
 from .model import Block, Model, dtype_of, initialize
 from .moe import Router
-from .place import Place
-from .recipe import Entries, Kind, Recipe, Recompute, Train
+from .place import Place, require_sound
+from .recipe import Entries, Kind, Optimizer, Recipe, Recompute, Train
 from .rows import Batch, Rows
 from .runs import BadRun, Checkpoint, RunDirectory
 from .saver import Saver
@@ -157,9 +157,11 @@ class Trainer:
         run.require_same_recipe(recipe.document_of(made), _FREE)
         if ranks.rank == 0:
             loggers.require(made.log.to)
+        if made.optimizer.kind is Optimizer.ADAMW8BIT:
+            eightbit.require()
         found, self.config = surveyed(made.model.source)
         self.place = Place.of(ranks, made.parallel, len(self.config.compress_ratios), self.config.num_experts)
-        _require_shared(made, ranks, self.place)
+        require_sound(made, self.place)
         self.corpus, self.rows, self.eval_rows = read_data(made, found, self.config)
         _newest(run, made, self.data_sha256)  # what does not continue is refused before weights are read
         self._grid: Grid | None = None
@@ -214,11 +216,12 @@ class Trainer:
         else:
             model = self.model.state_dict()
         tensors = {f"model.{name}": tensor.detach() for name, tensor in model.items()}
-        optim = self._optimizer_tensors()
+        optim = self.optimizer_tensors()
         whole = tensors | {f"optim.{name}": tensor for name, tensor in optim.items()}
         return {name: tensor for name, tensor in whole.items() if not self._is_copy(name)}
 
-    def _optimizer_tensors(self) -> dict[str, Tensor]:
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """State and masters, by "name.of.parameter/kind"."""
         return learning.optimizer_tensors(self.learners, self.optimizers) | self._masters.tensors()
 
     def names(self) -> set[str]:
@@ -230,7 +233,7 @@ class Trainer:
         """After the state was filled: what two stages have is in the state of the first one only."""
         if self._pipeline is None or not self._shared or not (self.place.is_first or self.place.is_last):
             return
-        optim = self._optimizer_tensors()
+        optim = self.optimizer_tensors()
         parameters = dict(self.model.named_parameters())
         tensors: list[Tensor] = [parameters[name] for name in sorted(self._shared)]
         tensors += [optim[name] for name in sorted(optim) if name.partition("/")[0] in self._shared]
@@ -554,40 +557,6 @@ def _newest(run: RunDirectory, made: Recipe, data_sha256: str) -> Checkpoint | N
 
 
 # ---- model and learners
-
-
-def _require_shared(made: Recipe, ranks: Ranks, place: Place) -> None:
-    """raises Usage for what several ranks do not do together"""
-    train, each = made.train, made.train.micro_rows * place.num_parts
-    if ranks.size == 1:
-        return
-    if train.rows % each:
-        raise Usage(
-            "the rows of a step cannot be divided over the ranks",
-            expected=f"train.rows a multiple of train.micro_rows * parts = {each:,}",
-            found=f"{train.rows:,}",
-            do="change train.rows, or start another number of ranks",
-        )
-    if train.rows // each < place.num_stages:
-        raise Usage(
-            "there are fewer micro-batches than stages",
-            expected=f"train.rows of {each * place.num_stages:,} at least, for {place.num_stages:,} stages",
-            found=f"{train.rows:,}",
-            do="take more rows, or fewer of them at a time",
-        )
-    if made.model.device != "cpu":
-        raise Usage(
-            "several ranks train on CPUs only so far",
-            found=f"model.device {made.model.device!r}",
-            do="start one process for a GPU",
-        )
-    if train.what is Train.LORA and place.num_parts != ranks.size:
-        raise Usage(
-            "adapters are not trained in stages",
-            expected="parallel.stages 1",
-            found=f"{place.num_stages:,}",
-            do="divide rows and experts only",
-        )
 
 
 def _model_of(made: Recipe, found: Survey, config: Config, grid: Grid | None) -> Model:

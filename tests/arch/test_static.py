@@ -106,6 +106,7 @@ NEEDED = {  # file: what it may use all the same
     "tests/ckpt/test_torchfile.py": {"torch.load"},  # weights only, of our own bytes
     "tests/dcp/test_reshard.py": {"pickle"},  # what we wrote ourselves, as torch reads it
     "tests/dcp/test_written_by_ranks.py": {"pickle"},  # what torch wrote in the test, as it reads it
+    "tests/dcp/script_driver.py": {"runpy"},  # a script of our own documentation
     "tests/dcp/gangs.py": {"pickle"},  # our own functions, to forked children and back
     "tests/hostile/test_dcp.py": {"pickle"},  # what torch pickles, made here
     "tests/model/test_model_mutants.py": {

@@ -6,6 +6,7 @@ The oracles: files in a run's directory, read by json, ElementTree and torch; th
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -331,6 +332,42 @@ def test_dry_run_counts_the_models_parameters_and_touches_nothing(
     assert "\n  optimizer.eps = 1e-08\n" in told and told.endswith(
         "nothing was loaded or written: this was a dry run\n"
     )
+
+
+@pytest.mark.slow
+def test_dry_run_divides_a_release_over_ranks_without_its_files(dsv4: Dsv4) -> None:
+    """The page's two commands, and its two numbers."""
+    blocks = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines() if "release:flash" in line]
+    per_rank = []
+    for line in commands:
+        words = [str(ROOT / word) if word.startswith("recipes/") else word for word in line.split()[1:]]
+        done = dsv4(*words, "--json")
+        assert done.code == 0, done.err
+        found = done.document
+        stages = found["stages"]
+        assert stages[0]["layers"][0] == 0 and stages[-1]["layers"][1] == 43
+        assert all(one["layers"][1] == other["layers"][0] for one, other in itertools.pairwise(stages))
+        assert sum(stage["ranks"] for stage in stages) == int(words[words.index("--ranks") + 1])
+        for kind in ("weights", "gradients", "optimizer"):
+            held = sum(stage["ranks"] * stage["bytes_per_rank"][kind] for stage in stages)
+            assert held >= found["bytes"][kind] * (1 - 1e-6)  # nobody keeps nothing of it
+        per_rank.append(max(sum(stage["bytes_per_rank"].values()) for stage in stages))
+    assert len(per_rank) == 2
+    packed, full = (f"{size / 1e9:.0f} GB" for size in per_rank)
+    assert f"is {packed} a rank, full AdamW in float32 on 64 ranks {full}." in PAGE
+
+
+def test_release_on_paper_is_not_trained_and_ranks_are_for_dry_runs(written: Path, dsv4: Dsv4) -> None:
+    done = dsv4("finetune", written, "model.source=release:flash")
+    assert done.code == 2 and "add --dry-run" in done.err
+    done = dsv4("finetune", written, "model.source=release:flesh", "--dry-run")
+    assert done.code == 2 and "flash-base" in done.err
+    done = dsv4("finetune", written, "--ranks", "2")
+    assert done.code == 2 and "--ranks goes with --dry-run" in done.err
+    done = dsv4("finetune", written, "--dry-run", "--ranks", "3")
+    assert done.code == 2 and "a multiple of train.micro_rows * parts = 3" in done.err
+    assert not (written.parent / "run").exists()
 
 
 def test_keys_lists_every_key_with_default_unit_and_meaning(dsv4: Dsv4) -> None:

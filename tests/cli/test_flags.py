@@ -34,7 +34,7 @@ FLAGS = {
         "--dry-run", "--allow-nan", "--prefix", "--like", "--source", "--sidecar", "--scale-policy", "--allow-lossy",
         "--follow-symlinks",
     },
-    "finetune": {"--dry-run", "--keys"},
+    "finetune": {"--dry-run", "--keys", "--ranks"},
     "export": {
         "--to", "--names", "--step", "--scale-policy", "--adapter", "--max-shard-size", "--workers", "--dry-run",
         "--allow-lossy",

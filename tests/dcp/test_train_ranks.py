@@ -13,6 +13,8 @@ import training
 
 from dsv4ckpt.errors import Usage
 from dsv4ckpt.ranks import Ranks
+from dsv4model.loading import surveyed
+from dsv4model.outlook import outlook
 from dsv4model.recipe import read_recipe
 from dsv4model.trainer import Step, Trainer
 
@@ -166,6 +168,28 @@ def test_ranks_train_bfloat16_with_what_is_float32_in_it(flash: Path, data: Path
             weight = tensors[f"model.{name.removeprefix('optim.').removesuffix('/master')}"]
             assert torch.equal(master.bfloat16(), weight), name
         assert masters
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (4, ["parallel.stages=2", "parallel.experts=2", "model.dtype=bfloat16", "optimizer.masters=true"]),
+        (2, ["parallel.stages=2", "parallel.layers=[3, 1]"]),
+        (2, ["train.what=lora", "model.experts=packed", "parallel.experts=2"]),
+    ],
+)
+def test_each_rank_holds_what_the_dry_run_says(
+    size: int, changes: list[str], flash: Path, data: Path, tmp_path: Path
+) -> None:
+    text = text_of(flash, data, tmp_path / "run")
+    ahead = outlook(read_recipe(text.encode(), changes), *surveyed(str(flash)), size)
+    said = [stage.memory for stage in ahead.stages for _ in range(stage.num_ranks)]
+    assert len(said) == size
+    for memory, (weights, state) in zip(said, gangs.gang(size, training.held, text, changes), strict=True):
+        # shards of few rows are not even
+        assert weights == pytest.approx(memory.weights, rel=0.01)
+        assert state == pytest.approx(memory.optimizer, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from dsv4ckpt.errors import Interrupted
 from dsv4ckpt.process_group import GroupRanks
 from dsv4ckpt.ranks import ALONE
 from dsv4ckpt.stop import StopFlag
-from dsv4model.divided import whole
+from dsv4model.divided import local, whole
 from dsv4model.muon import Muon
 from dsv4model.recipe import read_recipe
 from dsv4model.trainer import Step, Trainer, train
@@ -57,3 +57,14 @@ def muon_steps() -> list[torch.Tensor]:
             optimizer.step()
         found.append(whole(parameter.detach()))
     return found
+
+
+def held(text: str, changes: list[str]) -> tuple[int, int]:
+    """Bytes of weights and of optimizer state that this rank holds."""
+    trainer = Trainer(read_recipe(text.encode(), changes), GroupRanks())
+    optimizer = trainer.optimizer_tensors()
+    weights, state = (
+        sum(local(item).nbytes for item in tensors.values())
+        for tensors in (trainer.model.state_dict(), optimizer)
+    )
+    return weights, state

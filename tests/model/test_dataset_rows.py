@@ -22,12 +22,15 @@ from dsv4model.tokenizer import Tokenizer
 VOCAB = 512
 
 
-class Table(list[dict[str, Any]]):
-    """A data set, which gives plain values only where it is told to."""
+class Table:
+    """A data set, which gives plain values only where it is told to: it may have been saved to give tensors."""
 
-    def with_format(self, kind: None) -> Table:
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self._rows = rows
+
+    def with_format(self, kind: None) -> list[dict[str, Any]]:
         assert kind is None
-        return self
+        return self._rows
 
 
 class Library(ModuleType):

@@ -52,7 +52,7 @@ def test_pattern_that_fits_nothing_and_a_model_that_learns_nothing_are_errors(mo
         learning.learning(model)
 
 
-@pytest.mark.parametrize("kind", Optimizer)
+@pytest.mark.parametrize("kind", [Optimizer.ADAMW, Optimizer.MUON])
 def test_every_parameter_has_one_optimizer_and_gains_do_not_decay(kind: Optimizer, model: Model) -> None:
     parameters = learning.learning(model)
     names = learning.split(parameters, kind)
@@ -67,7 +67,7 @@ def test_every_parameter_has_one_optimizer_and_gains_do_not_decay(kind: Optimize
     assert len(held) == len({id(parameter) for parameter in held}) == len(parameters)
 
 
-@pytest.mark.parametrize("kind", Optimizer)
+@pytest.mark.parametrize("kind", [Optimizer.ADAMW, Optimizer.MUON])
 def test_state_is_there_before_the_first_step_and_changes_nothing(kind: Optimizer, model: Model) -> None:
     """Half of the parameters never get a gradient. The oracle is torch's own lazily made state."""
     parameters = learning.learning(model)

@@ -18,7 +18,7 @@ from dsv4ckpt.stop import StopFlag
 from dsv4model import learning
 from dsv4model.loading import load, surveyed
 from dsv4model.masters import Masters
-from dsv4model.outlook import outlook
+from dsv4model.outlook import Memory, outlook
 from dsv4model.recipe import OptimizerPart, Recipe, read_recipe
 from dsv4model.trainer import Step, Trainer, train
 
@@ -120,22 +120,23 @@ def test_what_has_no_use_for_copies_is_refused(smallest: Path) -> None:
 # ---- runs
 
 
-@pytest.fixture
-def make(smallest: Path, tmp_path: Path) -> Callable[..., Recipe]:
+def recipe_for(source: Path, directory: Path, changes: tuple[str, ...], run: str) -> Recipe:
+    """Of a short run on a small sample, with data that it writes."""
     lines = [json.dumps({"input_ids": [10 + (7 * row + step) % 50 for step in range(3 + 13 * row % 60)]})
              for row in range(20)]  # fmt: skip
-    (tmp_path / "tokens.jsonl").write_text("\n".join(lines))
+    (directory / "tokens.jsonl").write_text("\n".join(lines))
+    text = f"""
+        [model]\nsource = "{source}"
+        [train]\nrun = "{directory / run}"\nsteps = 4\nrows = 4\nmicro_rows = 2
+        [data]\nfiles = ["{directory / "tokens.jsonl"}"]\nkind = "tokens"\nlength = 64
+        [optimizer]\nlr = 1e-5
+    """
+    return read_recipe(text.encode(), changes)
 
-    def made(*changes: str, run: str = "run") -> Recipe:
-        text = f"""
-            [model]\nsource = "{smallest}"
-            [train]\nrun = "{tmp_path / run}"\nsteps = 4\nrows = 4\nmicro_rows = 2
-            [data]\nfiles = ["{tmp_path / "tokens.jsonl"}"]\nkind = "tokens"\nlength = 64
-            [optimizer]\nlr = 1e-5
-        """
-        return read_recipe(text.encode(), changes)
 
-    return made
+@pytest.fixture
+def make(smallest: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    return lambda *changes, run="run": recipe_for(smallest, tmp_path, changes, run)
 
 
 def trained(made: Recipe, until: int | None = None) -> dict[str, Tensor]:
@@ -200,6 +201,23 @@ def test_what_is_exported_is_what_the_model_computed_with(
             assert torch.equal(parameter, state[f"model.{name}"]), name
 
 
+def held(trainer: Trainer) -> tuple[int, int, int]:
+    """Bytes of weights, of gradients when the optimizers begin, and of state and masters."""
+    found: list[int] = []
+    step = trainer.optimizers[-1].step
+
+    def counted(*arguments: Any) -> Any:
+        both = {id(item): item for item in (*trainer.learners.values(), *trainer.parameters.values())}
+        found.append(sum(item.grad.nbytes for item in both.values() if item.grad is not None))
+        return step(*arguments)
+
+    trainer.optimizers[-1].step = counted  # type: ignore[method-assign]
+    trainer.step(0)
+    state = {name: tensor for name, tensor in trainer.state().items() if name.startswith("optim.")}
+    optimizer = sum(tensor.nbytes for name, tensor in state.items() if not name.endswith("/step"))
+    return sum(tensor.nbytes for tensor in trainer.model.state_dict().values()), found[0], optimizer
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
@@ -207,23 +225,5 @@ def test_what_is_exported_is_what_the_model_computed_with(
 )
 def test_memory_is_what_the_dry_run_foretells(changes: tuple[str, ...], make: Callable[..., Recipe]) -> None:
     made = make(*changes)
-    ahead = outlook(made, *surveyed(made.model.source))
-    trainer = Trainer(made)
-    kept: dict[str, int] = {}
-    step = trainer.optimizers[-1].step
-
-    def counted(*arguments: Any) -> Any:
-        learners = {id(item): item for item in (*trainer.learners.values(), *trainer.parameters.values())}
-        kept["gradients"] = sum(x.grad.nbytes for x in learners.values() if x.grad is not None)
-        return step(*arguments)
-
-    trainer.optimizers[-1].step = counted  # type: ignore[method-assign]
-    trainer.step(0)
-    state = trainer.state()
-    optimizer = {
-        name: x for name, x in state.items() if name.startswith("optim.") and not name.endswith("/step")
-    }
-    assert ahead.optimizer_bytes == sum(x.nbytes for x in optimizer.values())
-    assert ahead.weight_bytes == sum(x.nbytes for x in trainer.model.state_dict().values())
-    assert ahead.gradient_bytes == kept["gradients"]
-    assert ahead.offloaded_bytes == 0
+    ahead = outlook(made, *surveyed(made.model.source)).memory
+    assert ahead == Memory(*held(Trainer(made)), 0)
