@@ -51,7 +51,8 @@ class _Divergence(torch.autograd.Function):
         for look in looks:
             rows = look.queries
             counts = None if counted is None else counted[:, rows]
-            with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):  # not those of a recomputed block
+            kept = saved_tensors_hooks(_as_it_is, _as_it_is)  # not by the hooks of a block that is recomputed
+            with torch.enable_grad(), kept:
                 leaves = [x.detach().requires_grad_() for x in (q[:, rows], weight[:, rows], keys)]
                 scores = index_scores(leaves[0], leaves[1], look.take(leaves[2]))
             found, even, slope = _compared(scores.detach(), look, counts)

@@ -208,7 +208,8 @@ class LogPart:
     every: int = key("steps between lines", 1, "steps")
     eval_every: int = key("steps between looks at data.eval_files; 0: at the end", 0, "steps")
     to: tuple[str, ...] = key(
-        "who gets the metrics too, if installed: tensorboard, wandb, trackio; metrics.jsonl is always there", ()
+        "who gets the metrics too, if installed: tensorboard, wandb, trackio; metrics.jsonl is always there",
+        (),
     )
     project: str = key("of wandb and trackio: where the run belongs", "dsv4")
 
@@ -251,9 +252,10 @@ def every_key() -> Iterator[Told]:
             yield Told(f"{part.name}.{item.name}", item.default, item.metadata["unit"], item.metadata["why"])
 
 
-def default_of(name: str) -> Any:
-    """What a key is if nobody says."""
-    return next(told.default for told in every_key() if told.name == name)
+def default_of(name: str, *otherwise: Any) -> Any:
+    """What a key is if nobody says; there being no such key, or no default, what is said here."""
+    known = (told.default for told in every_key() if told.name == name and told.default is not MISSING)
+    return next(known, *otherwise)
 
 
 def read_recipe(data: bytes, changes: Sequence[str] = ()) -> Recipe:

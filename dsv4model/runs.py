@@ -34,6 +34,8 @@ from dsv4ckpt.ranks import ALONE, Ranks
 from dsv4ckpt.shard import read_exactly
 from dsv4ckpt.stop import StopFlag
 
+from .recipe import default_of
+
 RECIPE, METRICS, LOGGERS, CHECKPOINTS, LATEST, ABOUT = (
     "recipe.json",
     "metrics.jsonl",
@@ -222,7 +224,9 @@ class RunDirectory:
         now = json.loads(_json(document))
         for part in sorted({*now, *before}):
             for key in sorted({*now.get(part, {}), *before.get(part, {})}):
-                one, other = before.get(part, {}).get(key), now.get(part, {}).get(key)
+                # a run that began before there was such a key had what its default keeps
+                default = json.loads(json.dumps(default_of(f"{part}.{key}", None)))
+                one, other = before.get(part, {}).get(key, default), now.get(part, {}).get(key)
                 if one != other and not {part, f"{part}.{key}"} & free:
                     raise Usage(
                         f"{part}.{key} is not what this run began with",

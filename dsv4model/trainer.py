@@ -457,6 +457,7 @@ class Trainer:
 
         rows = self.eval_rows
         for number in range(rows.per_epoch):
+            stop.signal_number = self.signal(stop)
             stop.check()
             tokens += int((rows.batch(number, 1).targets != IGNORED).sum())
             if self._pipeline is None:

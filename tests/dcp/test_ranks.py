@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import gangs
 import pytest
 import tiny
+import torch.distributed
 
 from dsv4ckpt import original, outdir, plan, process_group, run, sidecar, source, survey
 from dsv4ckpt.errors import EXIT_BUSY, EXIT_USAGE, Busy, Environment, Interrupted, NotFinite, NotLossless
@@ -184,6 +185,15 @@ def test_outdir_of_two_ranks_rank_0_reads_what_the_other_wrote_down(
     assert first.finished.keys() == {"a", "b"}
     first.finish(b"{}")
     assert sorted(os.listdir(first.path)) == ["a", "b", MANIFEST_NAME]
+
+
+def test_lost_rank_is_told_from_other_errors() -> None:
+    for error in (RuntimeError("[.../gloo/transport/tcp/pair.cc:553] Connection closed by peer"),
+                  torch.distributed.DistNetworkError("the store is gone")):  # fmt: skip
+        with pytest.raises(Environment, match="another rank is gone"), process_group.noticed(2, "go on"):
+            raise error
+    with pytest.raises(RuntimeError, match="shapes"), process_group.noticed(2, "go on"):
+        raise RuntimeError("shapes do not fit")
 
 
 def test_outdir_of_two_ranks_is_busy_until_the_last_is_gone(tmp_path: Path) -> None:

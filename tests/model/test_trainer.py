@@ -19,7 +19,7 @@ from dsv4ckpt.errors import Busy, Diverged, Dsv4Error, ForeignOutput, Interrupte
 from dsv4ckpt.stop import StopFlag
 from dsv4model import trainer as trainer_module
 from dsv4model.losses import IGNORED
-from dsv4model.recipe import Recipe, read_recipe
+from dsv4model.recipe import Recipe, document_of, read_recipe
 from dsv4model.runs import BadRun, RunDirectory
 from dsv4model.trainer import Outcome, Step, Trainer, train
 
@@ -342,6 +342,20 @@ def refused(kind: type[Dsv4Error], made: Recipe) -> Dsv4Error:
 )
 def test_other_recipe_does_not_continue_a_run(change: str, begun: Recipe, make: Make) -> None:
     assert change.partition("=")[0] in refused(Usage, make(change)).what
+
+
+@pytest.mark.slow
+def test_run_that_began_before_a_key_was_there_has_its_default(begun: Recipe, make: Make) -> None:
+    file = Path(begun.train.run) / "recipe.json"
+    whole = file.read_bytes()
+    document = json.loads(whole)
+    try:
+        del document["parallel"], document["train"]["qat"], document["optimizer"]["betas"]
+        file.write_text(json.dumps(document))
+        RunDirectory(begun.train.run).require_same_recipe(document_of(make()), frozenset())
+        assert refused(Usage, make("train.qat=true")).what.startswith("train.qat is not what")
+    finally:
+        file.write_bytes(whole)
 
 
 @pytest.mark.slow
