@@ -273,7 +273,7 @@ MUTANTS = (
     mutant(
         "bias not in the choice",
         "moe", "layers.1.ffn.router_ids",
-        "(scores_TE + self.e_score_correction_bias).topk", "scores_TE.topk",
+        "scores_TE + self.e_score_correction_bias", "scores_TE",
     ),
     mutant(
         "softplus without its root",
@@ -321,7 +321,7 @@ MUTANTS = (
     mutant(
         "an MTP block that rotates as a layer with compression",
         "model", "mtp.0.attn.q",
-        "_Passed(streams, hidden, settings[0])", "_Passed(streams, hidden, settings[ratios[-1]])",
+        "caches, ratios), settings[0])", "caches, ratios), settings[ratios[-1]])",
     ),
     mutant(
         "MTP through the main model's last collapse",
