@@ -25,14 +25,17 @@ from .torchfile import TORCH_DTYPES
 class DirectoryReader(PathReader):
     """Tensors of a DCP directory of any world size; pickled objects in it are not read.
 
-    exact   dtypes must be equal: nothing is cast
+    exact   dtypes must be equal, or with `widens` hold all values of what is stored: nothing is rounded
     memory  above the state dict, what is asked for of one tensor
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, follow_links: bool = False) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, follow_links: bool = False, widens: bool = False
+    ) -> None:
         """Look at every chunk. raises MissingFile, BadDcp, UnsafePath, Environment"""
         super().__init__(path)
         self._checkpoint, self.others = dcp_source.open_tensors(self._path, follow_links=follow_links)
+        self._widens = widens
 
     def _told(self) -> dict[str, tuple[torch.dtype, Shape]]:
         tensors = self._checkpoint.tensors
@@ -54,7 +57,11 @@ class DirectoryReader(PathReader):
     def _fill(self, item: ReadItem, target: Tensor, reader: Reader) -> None:
         name = item.storage_index.fqn
         dtype = self._dtype(name)
-        if target.dtype != dtype:
+        if target.dtype != dtype and not (
+            self._widens
+            and torch.promote_types(dtype, target.dtype) == target.dtype
+            and dtype.is_floating_point
+        ):
             raise Usage(
                 f"{name!r} has another dtype than the tensor that it is to be loaded into",
                 expected=str(target.dtype),

@@ -78,6 +78,9 @@ class ModelPart:
     dtype: str = key("of weights that are trained: float32, or bfloat16 for the memory", "float32")
     device: str = key("cpu or cuda", "cpu")
     experts: str = key("packed: routed experts and dense matrices stay FP4 and FP8; goes with lora", "dense")
+    weights: str = key(
+        "a run, or a torch DCP directory, whose weights are taken in place of the source's", "", "path"
+    )
     initialize: bool = key("start from random weights of the source's config instead of its tensors", False)
 
 
@@ -461,6 +464,12 @@ def _require_sound(recipe: Recipe) -> None:
             "Muon multiplies matrices, which a CPU is too slow for",
             expected='optimizer.kind = "adamw"',
             do="leave optimizer.offload out",
+        )
+    if model.weights and (is_lora or model.initialize):
+        raise Usage(
+            "model.weights gives all weights of a model that is trained in full",
+            expected='train.what = "full", model.initialize = false',
+            do="leave one out; adapters start from what dsv4 export wrote of a run",
         )
     if train.qat and is_lora:
         raise Usage(

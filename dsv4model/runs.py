@@ -44,6 +44,7 @@ RECIPE, METRICS, LOGGERS, CHECKPOINTS, LATEST, ABOUT = (
     "latest",
     "run.json",
 )
+MODEL, OPTIM = "model.", "optim."  # before the names of weights and of optimizer state in a checkpoint
 _STEP = re.compile(r"step-([0-9]{1,12})")
 _MOST_ABOUT_BYTES = 1024 * 1024
 _LOCK = ".lock"
@@ -188,6 +189,43 @@ class RunDirectory:
         except CheckpointException as error:
             raise next(iter(error.failures.values()))[0] from None
         return about
+
+    def require_there(self) -> None:
+        """raises MissingFile if there is no such directory"""
+        if not os.path.isdir(self.path):
+            raise MissingFile(
+                "there is no run and no torch DCP directory there",
+                found=repr(self.path),
+                do="name a run's directory, or one of dsv4 reshard --to dcp, as model.weights",
+            )
+
+    def read_weights(self, tensors: Mapping[str, Tensor], names: Collection[str]) -> None:
+        """Fill a model's tensors in place from this run's newest checkpoint, or from any torch DCP directory.
+
+        names   of all that the ranks fill together, as the model calls them; nothing else may be there but what
+                optimizers keep
+        raises  MissingFile, BadRun, BadDcp, Usage, Environment
+        """
+        known = self.checkpoints()
+        reader = DirectoryReader(known[-1].path if known else self.path, widens=True)
+        stored = set(reader.read_metadata().state_dict_metadata)
+        prefix = MODEL if known else ""
+        wanted = {prefix + name for name in names}
+        others = {name for name in stored - wanted if not (known and name.startswith(OPTIM))}
+        if others or wanted - stored:
+            raise BadRun(
+                "these are not the weights of such a model",
+                file=printable(os.path.basename(os.path.normpath(self.path))),
+                expected=f"{len(wanted):,} tensors, called as transformers calls them, experts fused",
+                found=f"{sorted(wanted - stored)[0]!r} is not there" if wanted - stored else
+                f"{printable(sorted(others)[0])!r} is there as well",
+                do="name a run of full training as model.weights, or a directory of dsv4 reshard --to dcp",
+            )  # fmt: skip
+        try:
+            state = {prefix + name: tensor for name, tensor in tensors.items()}
+            load(state, storage_reader=reader, no_dist=self._ranks.size == 1)
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from None
 
     def keep(self, count: int) -> None:
         """Remove all but the newest checkpoints. raises Environment"""

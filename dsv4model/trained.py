@@ -25,9 +25,8 @@ from .adapters import Place
 from .config import Config
 from .model import Model
 from .recipe import Recipe, Train, read_document
-from .runs import BadRun, Checkpoint, RunDirectory
+from .runs import MODEL, BadRun, Checkpoint, RunDirectory
 
-_MODEL = "model."  # before the names of weights in a run's checkpoint
 _FLOATS = {"BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
 
 
@@ -68,7 +67,7 @@ def left_by(made: Recipe, config: Config) -> Left:
         return Left(tensors, frozenset(adapted), adapted)
     state = model.state_dict()
     learners = learning.learners(model, made.train, made.loss)
-    return Left(state, frozenset(state if made.model.initialize else learners), {})
+    return Left(state, frozenset(state if made.model.initialize or made.model.weights else learners), {})
 
 
 class Trained:
@@ -90,7 +89,7 @@ class Trained:
         for name in sorted({*names, *wanted}):
             if name not in names or name not in wanted:
                 _refuse(name)
-            entry = self.checkpoint.tensors[_MODEL + name].entry
+            entry = self.checkpoint.tensors[MODEL + name].entry
             dtype = _FLOATS.get(entry.dtype)
             if dtype is None or dtype.is_floating_point is not wanted[name].is_floating_point():
                 _refuse(name)
@@ -118,20 +117,20 @@ class Trained:
         return hashlib.sha256(json.dumps([self._about, samples], sort_keys=True).encode()).hexdigest()
 
     def names(self) -> set[str]:
-        return {name.removeprefix(_MODEL) for name in self.checkpoint.tensors if name.startswith(_MODEL)}
+        return {name.removeprefix(MODEL) for name in self.checkpoint.tensors if name.startswith(MODEL)}
 
     def rows(self, name: str, first: int, count: int) -> Tensor:
         """Rows of a matrix, leading dimensions flattened; a vector is one row."""
-        entry = self.checkpoint.tensors[_MODEL + name].entry
+        entry = self.checkpoint.tensors[MODEL + name].entry
         dtype = _FLOATS[entry.dtype]
         width = entry.shape[-1] if entry.shape else 1
         data = bytearray(count * width * dtype.itemsize)
         reader: Reader = self._local.reader
-        reader.read_into(_MODEL + name, memoryview(data), first * width * dtype.itemsize)
+        reader.read_into(MODEL + name, memoryview(data), first * width * dtype.itemsize)
         return torch.frombuffer(data, dtype=dtype).view(count, width)
 
     def whole(self, name: str) -> Tensor:
-        shape = self.checkpoint.tensors[_MODEL + name].entry.shape
+        shape = self.checkpoint.tensors[MODEL + name].entry.shape
         return self.rows(name, 0, torch.Size(shape[:-1]).numel()).view(shape)
 
 

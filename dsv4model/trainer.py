@@ -38,7 +38,7 @@ from .moe import Router
 from .place import Place, require_sound
 from .recipe import Entries, Kind, Optimizer, Recipe, Recompute, Train
 from .rows import Batch, Rows
-from .runs import BadRun, Checkpoint, RunDirectory
+from .runs import MODEL, OPTIM, BadRun, Checkpoint, RunDirectory
 from .saver import Saver
 from .simulate import Simulation
 from .tokenizer import Tokenizer
@@ -163,6 +163,8 @@ class Trainer:
         self.place = Place.of(ranks, made.parallel, len(self.config.compress_ratios), self.config.num_experts)
         require_sound(made, self.place)
         self.corpus, self.rows, self.eval_rows = read_data(made, found, self.config)
+        if made.model.weights:
+            RunDirectory(made.model.weights).require_there()
         _newest(run, made, self.data_sha256)  # what does not continue is refused before weights are read
         self._grid: Grid | None = None
         self._pipeline: Pipeline | None = None
@@ -171,6 +173,10 @@ class Trainer:
 
             self._grid = Grid(self.place)
         self.model = _model_of(made, found, self.config, self._grid)
+        if made.model.weights:
+            state = self.model.state_dict()
+            everyone = set(state) if self._grid is None else self._grid.everyone(state)
+            RunDirectory(made.model.weights, ranks).read_weights(state, everyone)
         for block in self.model.modules():
             if isinstance(block, Block):
                 block.recomputes = made.train.recompute is Recompute.BLOCKS
@@ -215,9 +221,9 @@ class Trainer:
             model: Mapping[str, Tensor] = self.parameters
         else:
             model = self.model.state_dict()
-        tensors = {f"model.{name}": tensor.detach() for name, tensor in model.items()}
+        tensors = {f"{MODEL}{name}": tensor.detach() for name, tensor in model.items()}
         optim = self.optimizer_tensors()
-        whole = tensors | {f"optim.{name}": tensor for name, tensor in optim.items()}
+        whole = tensors | {f"{OPTIM}{name}": tensor for name, tensor in optim.items()}
         return {name: tensor for name, tensor in whole.items() if not self._is_copy(name)}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
