@@ -238,7 +238,9 @@ class Model(Module):
         packing = given.packing(self.config, dtype)
         if streams is None:
             embeds = given.inputs_embeds
-            streams = self.model.spread(self.model.embed_tokens(given.input_ids) if embeds is None else embeds)
+            streams = self.model.spread(
+                self.model.embed_tokens(given.input_ids) if embeds is None else embeds
+            )
         ratios = self.config.compress_ratios
         settings = {r: Setting.of(self.config, r, packing, streams.dtype) for r in {0, *ratios}}
         caches: Iterable[LayerCache | None] = given.cache.layers if given.cache else [None] * len(ratios)

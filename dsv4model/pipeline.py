@@ -127,7 +127,9 @@ class _Stage(nn.Module):
         passed, loss = self._through(int(number), streams)
         if passed is None:
             return loss
-        return with_loss(passed if passed.requires_grad else passed.requires_grad_(), loss)  # all may be frozen
+        return with_loss(
+            passed if passed.requires_grad else passed.requires_grad_(), loss
+        )  # all may be frozen
 
 
 def with_loss(streams: Tensor, loss: Tensor) -> Tensor:
