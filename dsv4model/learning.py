@@ -54,13 +54,20 @@ def learning(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def learners(model: nn.Module, train: TrainPart, loss: LossPart) -> dict[str, nn.Parameter]:
+def learners(
+    model: nn.Module, train: TrainPart, loss: LossPart, *, is_stage: bool = False
+) -> dict[str, nn.Parameter]:
     """What learns of a model that is trained in full, by name; the rest is frozen. raises Usage
 
-    Without a loss of its own an indexer has no gradient: it stays, and has no optimizer state.
+    Without a loss of their own indexers and MTP have no gradient: they stay, and have no optimizer state.
+
+    is_stage  the model has some of the layers only: patterns may fit others, and nothing may learn in these
     """
-    patterns = train.freeze if loss.indexer else (*train.freeze, "*.indexer.*")
-    freeze(model, patterns, optional=default_of("train.freeze"))  # there may be no indexer
+    without_loss = ("*.indexer.*",) * (not loss.indexer) + ("mtp.*",) * (not loss.mtp)
+    patterns = (*train.freeze, *without_loss)
+    freeze(model, patterns, optional=patterns if is_stage else (*default_of("train.freeze"), *without_loss))
+    if is_stage:
+        return {name: item for name, item in model.named_parameters() if item.requires_grad}
     return learning(model)
 
 

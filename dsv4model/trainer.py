@@ -329,7 +329,9 @@ class Trainer:
         if not isinstance(passed, Tensor):
             main, of_mtp = self._sums(batch, passed)
             mtp = mtp if of_mtp is None else of_mtp
-            loss = main / max(1, counts.tokens) + mtp * (part.mtp / max(1, counts.mtp_tokens))
+            loss = main / max(1, counts.tokens)
+            if part.mtp:
+                loss = loss + mtp * (part.mtp / max(1, counts.mtp_tokens))
         documents = _across_rows(batch.documents)
         balance = torch.zeros((), device=self.device)
         of_routers = torch.zeros(2, device=self.device)
@@ -608,7 +610,8 @@ def _learners(model: Model, made: Recipe, grid: Grid | None) -> dict[str, nn.Par
         if grid is not None:
             grid.with_adapters(model)
         return learning.learning(model)
-    return learning.learners(model, made.train, made.loss)
+    is_stage = grid is not None and grid.place.num_stages > 1
+    return learning.learners(model, made.train, made.loss, is_stage=is_stage)
 
 
 def _router_names(config: Config) -> list[str]:

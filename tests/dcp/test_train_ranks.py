@@ -63,7 +63,7 @@ CASES: dict[str, list[str]] = {
     "lora": ["train.what=lora", "model.experts=packed", "lora.rank=4"],
     "initialize": ["model.initialize=true", "train.recompute=blocks"],
     "warm-up": ["loss.indexer=1.0", "loss.indexer_entries=dense", "train.freeze=['*', '!*.indexer.*']"],
-    "first layers stay": ["train.freeze=['*.layers.[0-2].*', '*.indexer.*', '*embed_tokens*']"],
+    "first stage stays": ["train.freeze=['*.layers.[01].*', '*.indexer.*', '*embed_tokens*']"],
 }
 Trained = tuple[list[Step], State]
 
@@ -95,7 +95,7 @@ def alone(flash: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         ("lora", 4, 1, 2),
         ("initialize", 2, 2, 1),
         ("warm-up", 4, 2, 1),
-        ("first layers stay", 2, 2, 1),
+        ("first stage stays", 2, 2, 1),
     ],
 )
 def test_ranks_train_as_one_process_does(

@@ -16,7 +16,7 @@ import dsv4model
 from dsv4ckpt.errors import Usage
 from dsv4model import learning
 from dsv4model.model import Model
-from dsv4model.recipe import Decay, Optimizer, OptimizerPart
+from dsv4model.recipe import Decay, LossPart, Optimizer, OptimizerPart, TrainPart
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,6 +50,23 @@ def test_pattern_that_fits_nothing_and_a_model_that_learns_nothing_are_errors(mo
     learning.freeze(model, ["*"])
     with pytest.raises(Usage, match="no parameter learns"):
         learning.learning(model)
+
+
+def train_part(**values: Any) -> TrainPart:
+    return TrainPart(run="run", steps=1, **values)
+
+
+def test_what_has_no_loss_stays(model: Model) -> None:
+    names = {name for name, _ in model.named_parameters()}
+    found = learning.learners(model, train_part(freeze=()), LossPart(mtp=0.0)).keys()
+    assert found == {name for name in names if not name.startswith("mtp.")}
+
+
+def test_stage_may_have_nothing_that_learns_and_nothing_that_a_pattern_fits(model: Model) -> None:
+    everything = train_part(freeze=("*.layers.99.*", "*"))
+    assert learning.learners(model, everything, LossPart(), is_stage=True) == {}
+    with pytest.raises(Usage, match=r"layers\.99"):
+        learning.learners(model, everything, LossPart())
 
 
 @pytest.mark.parametrize("kind", [Optimizer.ADAMW, Optimizer.MUON])
