@@ -35,6 +35,7 @@ _VERBS = {
     "dump": "Run the model once and write its intermediate tensors.",
     "parity": "Compare two dumps and find the first divergence.",
     "generate": "Let a model continue a text, to see that it speaks.",
+    "push": "Publish a finished directory on the Hugging Face Hub.",
 }
 _ON_MANY_RANKS = {
     "convert",

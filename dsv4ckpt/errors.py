@@ -152,6 +152,10 @@ class NoSpace(Environment):
     """Not enough room for the output."""
 
 
+class HubFailed(Environment):
+    """The Hugging Face Hub cannot be reached, or does not let us."""
+
+
 class Busy(Dsv4Error):
     """Another process is writing this output."""
 

@@ -47,6 +47,9 @@ class Manifest:
     dropped: frozenset[str]  # tensors of the source that were left out
     num_inexact: int
     num_not_finite: int
+    tool: str | None  # told to people only, as it stands there
+    release: str | None
+    options: dict[str, Any]
 
     @property
     def is_of_a_model(self) -> bool:
@@ -91,6 +94,9 @@ def read_manifest(directory: str, *, follow_links: bool = False) -> Manifest | N
         dropped=frozenset(_field(row, "name", str) for row in _field(document, "dropped", list)),
         num_inexact=_field(values, "not_exact", int),
         num_not_finite=_field(values, "not_finite", int),
+        tool=_text(document, "tool"),
+        release=_text(document, "release"),
+        options=options,
     )
 
 
@@ -105,6 +111,11 @@ def _field(fields: Any, key: str, kind: type[_Item]) -> _Item:
     if type(value) is not kind:
         raise _bad(f"wrong in `{key}`", _WORDS[kind], repr(value)[:80])
     return value
+
+
+def _text(fields: dict[str, Any], key: str) -> str | None:
+    value = fields.get(key)
+    return value if isinstance(value, str) else None
 
 
 def _ascend(numbers: list[Any]) -> bool:

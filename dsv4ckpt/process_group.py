@@ -61,7 +61,9 @@ def noticed(size: int, then: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        is_lost = isinstance(error, dist.DistError) or "gloo" in str(error)  # gloo's have no class of their own
+        is_lost = isinstance(error, dist.DistError) or "gloo" in str(
+            error
+        )  # gloo's have no class of their own
         if not is_lost:
             raise
         raise Environment(

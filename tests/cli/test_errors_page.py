@@ -257,6 +257,12 @@ def _(at: Path, stack: contextlib.ExitStack) -> str:
     return TO_BF16
 
 
+@provokes(errors.HubFailed)
+def _(at: Path, stack: contextlib.ExitStack) -> str:
+    stack.enter_context(mock.patch("huggingface_hub.get_token", lambda: None))
+    return "push bf16 me/flash-bf16"
+
+
 @provokes(errors.Interrupted)
 def _(at: Path, stack: contextlib.ExitStack) -> str:
     stop = StopFlag()
@@ -356,10 +362,10 @@ not known.
 | code | what happened | what a script does |
 |---|---|---|
 | 0 | done; for `inspect` and `verify` also: all is well | go on |
-| 1 | `verify` or `parity` found a difference | do not use the checkpoint; the report names the tensors or files |
+| 1 | `verify`, `parity` or `push` found a difference | do not use the checkpoint; the report names tensors or files |
 | 2 | the command cannot be carried out as it was put | correct it: trying again does not help |
 | 3 | the checkpoint is incomplete, broken, hostile, or would lose values | replace it: trying again does not help |
-| 4 | the machine did not let us: space, permission, I/O | make room or repair, then the same command: it continues |
+| 4 | the machine or the Hub did not let us: space, permission, I/O | repair, then the same command: it continues |
 | 5 | training met a loss or a gradient that is not finite | look at data and learning rate; checkpoints are untouched |
 | 70 | a mistake of our own | report it; `-v` prints where it happened |
 | 75 | another process is writing this output | wait, or do nothing: it is being done |

@@ -45,6 +45,7 @@ FLAGS = {
         "--text", "--file", "--ids", "--chat", "--thinking", "--system", "--trust-encoding", "--max-new-tokens",
         "--temperature", "--top-p", "--seed", "--dtype", "--experts", "--device", "--follow-symlinks",
     },
+    "push": {"--private", "--create-pr", "--revision", "--card", "--dry-run"},
 }  # fmt: skip
 
 

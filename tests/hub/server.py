@@ -107,7 +107,7 @@ class Hub:
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{'127.0.0.1'}:{self.port}"
 
     def storage(self, path: str) -> str:
         """An address of the storage: another host name, as the client expects."""
@@ -165,6 +165,8 @@ class Handler(BaseHTTPRequestHandler):
 
     hub: Hub
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer in one piece, at once: else each one waits 40 ms for TCP
+    disable_nagle_algorithm = True
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         pass
