@@ -61,10 +61,8 @@ def noticed(size: int, then: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        is_lost = isinstance(error, dist.DistError) or "gloo" in str(
-            error
-        )  # gloo's have no class of their own
-        if not is_lost:
+        # gloo's errors have no class of their own
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise Environment(
             "another rank is gone",
