@@ -1,7 +1,7 @@
 """A function on several gloo ranks, each in a process of its own: what they return and raise comes back.
 
 Nobody stays behind: whatever happens, every rank has ended when a call returns.  Processes are forked from a server
-that has imported torch once, so that a rank starts in no time; the server ends with the test process.
+that has imported torch and the trainer once, so that a rank starts in no time; the server ends with the test process.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ from typing import Any, NamedTuple
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["torch", "torch.distributed.checkpoint", "torch.distributed.tensor", "torch.distributed.fsdp"]
-)
+    [
+        "torch", "torch.distributed.checkpoint", "torch.distributed.tensor", "torch.distributed.fsdp",
+        "torch.distributed.pipelining", "dsv4ckpt.dcp", "dsv4model.trainer", "dsv4model.sharding", "dsv4model.pipeline",
+    ]
+)  # fmt: skip
 _GRACE_SECONDS = 20.0  # what the others have once a rank has failed: they may wait for it
 
 
