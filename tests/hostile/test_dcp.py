@@ -344,10 +344,10 @@ def test_chunks_that_many_tensors_share_are_not_looked_at_for_each() -> None:
 @pytest.mark.slow
 def test_cuts_that_make_many_cells_are_refused_soon() -> None:
     found = metadata()
-    boxes = [((0, at), (1500, 1)) for at in range(1500)] + [((at, 1500), (1, 1)) for at in range(1500)]
+    boxes = [((0, at), (1000, 1)) for at in range(1000)] + [((at, 1000), (1, 1)) for at in range(1000)]
     chunks = [ChunkStorageMetadata(torch.Size(at), torch.Size(sizes)) for at, sizes in boxes]
     properties = TensorProperties(dtype=torch.uint8)
-    found.state_dict_metadata = {"w": TensorStorageMetadata(properties, torch.Size((1500, 1501)), chunks)}
+    found.state_dict_metadata = {"w": TensorStorageMetadata(properties, torch.Size((1000, 1001)), chunks)}
     found.storage_data = {
         MetadataIndex("w", at): _StorageInfo("__0_0.distcp", number * 2000, 2000)
         for number, (at, _) in enumerate(boxes)
