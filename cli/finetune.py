@@ -118,8 +118,9 @@ def command(
         console.say("nothing was loaded or written: this was a dry run")
         return EXIT_OK
     with ranks_of_this_job() as ranks:
+        ahead = outlook(made, found, config, ranks.size)  # refuses what fits nothing, before weights are read
         trainer = Trainer(made, ranks)
-        _say_outlook(made, outlook(made, found, config, ranks.size), console)
+        _say_outlook(made, ahead, console)
         _say_data(made, trainer.corpus, trainer.rows, console)
         run, stop = RunDirectory(made.train.run), StopFlag()
         if saved := _newest(run):

@@ -202,7 +202,7 @@ class Trainer:
             dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[made.model.dtype]
             self._pipeline = Pipeline(self.place, self._grid.stages, shape, dtype)
 
-    @property
+    @functools.cached_property
     def data_sha256(self) -> str:
         """Of every token, in order: another file under the same name is other data."""
         digest = hashlib.sha256()
@@ -221,10 +221,13 @@ class Trainer:
             model: Mapping[str, Tensor] = self.parameters
         else:
             model = self.model.state_dict()
-        tensors = {f"{MODEL}{name}": tensor.detach() for name, tensor in model.items()}
+        tensors = {
+            f"{MODEL}{name}": tensor.detach() for name, tensor in model.items() if not self._is_copy(name)
+        }
         optim = self.optimizer_tensors()
-        whole = tensors | {f"{OPTIM}{name}": tensor for name, tensor in optim.items()}
-        return {name: tensor for name, tensor in whole.items() if not self._is_copy(name)}
+        return tensors | {
+            f"{OPTIM}{name}": tensor for name, tensor in optim.items() if not self._is_copy(name)
+        }
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """State and masters, by "name.of.parameter/kind"."""
@@ -246,9 +249,8 @@ class Trainer:
         self._pipeline.give_shared(tensors)
 
     def _is_copy(self, name: str) -> bool:
-        """Whether another stage has it in its state."""
-        inner = name.partition(".")[2].partition("/")[0]
-        return not self.place.is_first and inner in self._shared
+        """Whether another stage has this parameter, or what an optimizer keeps of it, in its state."""
+        return not self.place.is_first and name.partition("/")[0] in self._shared
 
     # ---- a step
 
@@ -297,7 +299,7 @@ class Trainer:
                 for name, item in self.parameters.items()
                 if (id(item) in of_indexers) is is_indexer
             }
-            once = [item for name, item in group.items() if not self._is_copy(f"model.{name}")]
+            once = [item for name, item in group.items() if not self._is_copy(name)]
             norms.append(learning.gradient_norm(once, self._squares))
             learning.clip(group.values(), norms[-1], self.recipe.optimizer.clip)
         return math.hypot(*map(float, norms))
@@ -450,24 +452,24 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, stop: StopFlag) -> float | None:
         """Mean loss over every document of data.eval_files, once; None without them. raises Interrupted"""
-        if self.eval_rows is None:
+        rows = self.eval_rows
+        if rows is None:
             return None
         total, tokens = 0.0, 0
 
-        def through(number: int, streams: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        def through(_: int, streams: Tensor | None) -> tuple[Tensor | None, Tensor]:
             nonlocal total
-            batch = rows.batch(number, 1).to(self.device)
             passed = self._hidden(batch, streams)
             if isinstance(passed, Tensor):
                 return passed, torch.zeros(())
             total += float(self._sums(batch, passed)[0])
             return None, torch.zeros(())
 
-        rows = self.eval_rows
         for number in range(rows.per_epoch):
             stop.signal_number = self.signal(stop)
             stop.check()
-            tokens += int((rows.batch(number, 1).targets != IGNORED).sum())
+            batch = rows.batch(number, 1).to(self.device)
+            tokens += int((batch.targets != IGNORED).sum())
             if self._pipeline is None:
                 through(number, None)
             else:
