@@ -19,6 +19,7 @@ from dsv4ckpt.survey import Survey
 
 from . import adapters, eightbit, learning
 from .config import Config, is_kept_wide
+from .dumps import as_dtype
 from .loading import model_layout, quantized_modules
 from .masters import WIDE, has_master
 from .model import Model, dtype_of
@@ -89,7 +90,7 @@ def outlook(made: Recipe, found: Survey, config: Config, num_ranks: int = 1) -> 
     total = _grouped(
         layout, {name: _values(layout, name, tensor) for name, tensor in model.state_dict().items()}
     )
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[made.model.dtype]
+    dtype = as_dtype(made.model.dtype)
     if made.train.what is Train.LORA:
         learners = adapters.attach(model, made.lora, torch.Generator())
         chosen = Counter({"adapters": sum(parameter.numel() for parameter in learners.values())})

@@ -29,6 +29,7 @@ from .chat import Texts
 from .compressor import Indexer
 from .config import Config
 from .corpus import Corpus, read_corpus
+from .dumps import as_dtype
 from .generate import device_of
 from .loading import load, surveyed
 from .losses import IGNORED
@@ -199,7 +200,7 @@ class Trainer:
             from .pipeline import Pipeline
 
             shape = made.train.micro_rows, made.data.length, self.config.hc_mult, self.config.hidden
-            dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[made.model.dtype]
+            dtype = as_dtype(made.model.dtype)
             self._pipeline = Pipeline(self.place, self._grid.stages, shape, dtype)
 
     @functools.cached_property
@@ -572,7 +573,7 @@ def _newest(run: RunDirectory, made: Recipe, data_sha256: str) -> Checkpoint | N
 
 def _model_of(made: Recipe, found: Survey, config: Config, grid: Grid | None) -> Model:
     part = made.model
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[part.dtype]
+    dtype = as_dtype(part.dtype)
     simulation = Simulation(experts_fp4=made.train.qat)
     if grid is not None and made.train.what is Train.FULL:
         return _divided_model(made, found, config, grid, dtype)
