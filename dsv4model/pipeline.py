@@ -51,13 +51,22 @@ class Pipeline:
         """shape, dtype: of the streams of a micro-batch, [B, S, J, H]"""
         self._place, self._group = place, group
         self._streams = torch.empty(*shape, dtype=dtype, device="meta", requires_grad=True)
+        self._stage = _Stage()
+        self._schedules: dict[int, Schedule1F1B] = {}  # by number of micro-batches
 
     def step(self, num: int, through: Through) -> None:
         """`num` micro-batches forward and backward."""
+        if num not in self._schedules:  # the stages agree on shapes first
+            self._schedules[num] = self._schedule(num)
+        self._stage.through = through
+        numbers = torch.arange(num)
+        self._schedules[num].step(number=numbers, target=numbers, losses=[], return_outputs=False)
+
+    def _schedule(self, num: int) -> Schedule1F1B:
         place = self._place
         streams, loss = (self._streams,), torch.empty((), device="meta")
         stage = PipelineStage(
-            _Stage(through),
+            self._stage,
             place.stage,
             place.num_stages,
             torch.device("cpu"),
@@ -65,9 +74,7 @@ class Pipeline:
             output_args=(loss,) if place.is_last else streams,
             group=self._group,
         )
-        schedule = Schedule1F1B(stage, num, loss_fn=lambda loss, _: loss, scale_grads=False)
-        numbers = torch.arange(num)
-        schedule.step(number=numbers, target=numbers, losses=[], return_outputs=False)
+        return Schedule1F1B(stage, num, loss_fn=lambda loss, _: loss, scale_grads=False)
 
     @torch.no_grad()
     def forward(self, number: int, through: Through) -> None:
@@ -117,14 +124,12 @@ class Pipeline:
 
 
 class _Stage(nn.Module):
-    """What torch calls."""
+    """What torch calls. through: what the step at hand does."""
 
-    def __init__(self, through: Through) -> None:
-        super().__init__()
-        self._through = through
+    through: Through
 
     def forward(self, streams: Tensor | None = None, *, number: Tensor) -> Tensor:
-        passed, loss = self._through(int(number), streams)
+        passed, loss = self.through(int(number), streams)
         if passed is None:
             return loss
         return with_loss(
