@@ -10,13 +10,14 @@ its own settings.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dsv4ckpt.errors import Environment, Usage, printable
+
+from .optional import library
 
 PREFIX = "datasets:"
 _SPLIT = "train"
@@ -26,14 +27,9 @@ def rows(source: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Number, from 1, and columns of every row of `datasets:...`. raises Usage, Environment"""
     name, at, split = source.removeprefix(PREFIX).rpartition("@")
     name, split = (name, split) if at else (split, _SPLIT)
-    try:
-        library = importlib.import_module("datasets")
-    except ImportError:
-        raise Environment(
-            "the library datasets is not installed", file=source, do="pip install datasets"
-        ) from None
+    datasets = library("datasets", name="datasets", file=source)
     with _told(source):
-        found = _on_disk(library, name, split) if os.path.isdir(name) else _named(library, name, split)
+        found = _on_disk(datasets, name, split) if os.path.isdir(name) else _named(datasets, name, split)
         yield from enumerate(found.with_format(None), 1)
 
 
@@ -45,8 +41,8 @@ def as_line(row: Mapping[str, Any]) -> bytes:
         raise Usage(f"it holds what JSON does not: {printable(str(error))[:100]}") from None
 
 
-def _on_disk(library: Any, directory: str, split: str) -> Any:
-    found = library.load_from_disk(directory)
+def _on_disk(datasets: Any, directory: str, split: str) -> Any:
+    found = datasets.load_from_disk(directory)
     if not isinstance(found, dict):
         return found
     if split not in found:
@@ -59,9 +55,9 @@ def _on_disk(library: Any, directory: str, split: str) -> Any:
     return found[split]
 
 
-def _named(library: Any, name: str, split: str) -> Any:
+def _named(datasets: Any, name: str, split: str) -> Any:
     path, _, config = name.partition(":")
-    return library.load_dataset(path, config or None, split=split, trust_remote_code=False)
+    return datasets.load_dataset(path, config or None, split=split, trust_remote_code=False)
 
 
 def _without_blanks(value: Any) -> Any:

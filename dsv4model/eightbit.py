@@ -7,26 +7,20 @@ Source: torchao 0.18, torchao.optim; 8-bit Optimizers via Block-wise Quantizatio
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from dsv4ckpt.errors import Environment
+from .optional import library
 
 _LEAST, _BLOCK = 4096, 256  # values: of a parameter with codes, and for one scale
 
 
 def require() -> Any:
     """torchao's optimizers. raises Environment if it is not installed"""
-    try:
-        return importlib.import_module("torchao.optim")
-    except ImportError:
-        raise Environment(
-            "the library torchao is not installed", do='pip install torchao, or take optimizer.kind="adamw"'
-        ) from None
+    return library("torchao.optim", name="torchao", otherwise='take optimizer.kind="adamw"')
 
 
 def adamw(

@@ -7,7 +7,6 @@ get the recipe and the lines, and nothing else of ours.  Knows no training.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 
 from dsv4ckpt.errors import Environment
 
+from .optional import library
 from .recipe import LOGGERS, Recipe, document_of
 from .runs import RunDirectory
 
@@ -129,12 +129,7 @@ _KINDS: dict[str, Callable[[RunDirectory, Recipe, int], Logger]] = {
 
 
 def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(_MODULES[name])
-    except ImportError:
-        raise Environment(
-            f"the library {name} is not installed", do=f"pip install {name}, or take it out of log.to"
-        ) from None
+    return library(_MODULES[name], name=name, otherwise="take it out of log.to")
 
 
 @contextlib.contextmanager
