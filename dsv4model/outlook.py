@@ -76,6 +76,7 @@ def outlook(made: Recipe, found: Survey, config: Config, num_ranks: int = 1) -> 
             made.parallel,
             config.num_layers,
             config.num_experts,
+            config.num_mtp,
         )
         for stage in range(num_stages)
     ]
@@ -144,13 +145,7 @@ def outlook(made: Recipe, found: Survey, config: Config, num_ranks: int = 1) -> 
 
 def _divisor(place: Place, what: Train, name: str) -> int:
     """How many ranks of its stage a tensor is divided over; 0: it is not in this stage."""
-    first, *parts = name.split(".")
-    if parts[:1] == ["layers"] and int(parts[1]) not in place.layers:
-        return 0
-    is_of_head = first in ("lm_head", "mtp") or parts[:1] in (["norm"], ["hc_head"])
-    if (is_of_head and not place.is_last) or (
-        parts[:1] == ["embed_tokens"] and not place.is_first | place.is_last
-    ):
+    if not place.has(name):
         return 0
     if ".experts." in name and what is Train.LORA:
         return place.num_expert_parts

@@ -26,14 +26,14 @@ class Elsewhere(nn.Module):
 
 
 def cut(model: Model, place: Place) -> Model:
-    """Leave a model what its stage computes. The embedding is in the first stage, and in the last for MTP."""
+    """Leave a model what its stage computes."""
     for index in range(len(model.model.layers)):
-        if index not in place.layers:
+        if not place.has(f"model.layers.{index}"):
             model.model.layers[index] = Elsewhere()
-    if not place.is_last:
+    if not place.has("lm_head.weight"):
         model.model.hc_head, model.model.norm, model.lm_head = Elsewhere(), Elsewhere(), Elsewhere()  # type: ignore[assignment]
         model.mtp = nn.ModuleList()
-    if not place.is_first and not model.mtp:
+    if not place.has("model.embed_tokens"):
         model.model.embed_tokens = Elsewhere()  # type: ignore[assignment]
     return model
 

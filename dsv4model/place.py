@@ -22,6 +22,7 @@ class Place:
     part        of the rows of a step, out of num_parts
     expert_part of the routed experts, out of num_expert_parts, which divides num_parts
     layers      that it has: one stage of num_stages
+    has_mtp     whether the model has an MTP block
     """
 
     part: int
@@ -31,6 +32,7 @@ class Place:
     stage: int
     num_stages: int
     layers: range
+    has_mtp: bool
 
     @property
     def num_ranks(self) -> int:
@@ -44,8 +46,24 @@ class Place:
     def is_last(self) -> bool:
         return self.stage == self.num_stages - 1
 
+    @property
+    def shares_embedding(self) -> bool:
+        """Whether the last stage has the embedding as the first one does: it makes MTP's inputs of it."""
+        return self.num_stages > 1 and self.has_mtp
+
+    def has(self, name: str) -> bool:
+        """Whether this stage has what is called so in the whole model."""
+        _, *inner = name.split(".")
+        if inner[0] == "layers":
+            return int(inner[1]) in self.layers
+        if inner[0] == "embed_tokens":
+            return self.is_first or (self.is_last and self.has_mtp)
+        return self.is_last  # head, MTP, and what leads from the last layer to them
+
     @classmethod
-    def of(cls, ranks: Ranks, parallel: ParallelPart, num_layers: int, num_experts: int) -> Place:
+    def of(
+        cls, ranks: Ranks, parallel: ParallelPart, num_layers: int, num_experts: int, num_mtp: int
+    ) -> Place:
         """raises Usage where the ranks cannot be divided so"""
         each = parallel.stages * parallel.experts
         if ranks.size % each:
@@ -81,6 +99,7 @@ class Place:
             stage=stage,
             num_stages=parallel.stages,
             layers=range(ends[stage] - counts[stage], ends[stage]),
+            has_mtp=num_mtp > 0,
         )
 
 

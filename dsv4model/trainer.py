@@ -161,7 +161,8 @@ class Trainer:
         if made.optimizer.kind is Optimizer.ADAMW8BIT:
             eightbit.require()
         found, self.config = surveyed(made.model.source)
-        self.place = Place.of(ranks, made.parallel, len(self.config.compress_ratios), self.config.num_experts)
+        config = self.config
+        self.place = Place.of(ranks, made.parallel, config.num_layers, config.num_experts, config.num_mtp)
         require_sound(made, self.place)
         self.corpus, self.rows, self.eval_rows = read_data(made, found, self.config)
         if made.model.weights:
@@ -195,7 +196,7 @@ class Trainer:
             indexer.sees_all = made.loss.indexer_entries is Entries.DENSE
         self._num_choosing = max(1, _num_choosing(self.config))
         self._num_indexers = max(1, sum(map(self.config.overlaps, range(self.config.num_layers))))
-        self._shared = {"model.embed_tokens.weight"} if _shares_embedding(self.place, self.config) else set()
+        self._shared = {"model.embed_tokens.weight"} if self.place.shares_embedding else set()
         if self._grid is not None and self.place.num_stages > 1:
             from .pipeline import Pipeline
 
@@ -626,11 +627,6 @@ def _router_names(config: Config) -> list[str]:
 def _num_choosing(config: Config) -> int:
     """Routers that do not hash."""
     return len(_router_names(config)) - config.num_hash_layers
-
-
-def _shares_embedding(place: Place, config: Config) -> bool:
-    """Whether the last stage has the embedding too: it makes MTP's inputs of it."""
-    return place.num_stages > 1 and config.num_mtp > 0
 
 
 # ---- sums

@@ -14,7 +14,7 @@ from dsv4model.recipe import ParallelPart
 
 
 def places(size: int, num_layers: int = 7, **parallel: Any) -> list[Place]:
-    return [Place.of(Ranks(rank, size), ParallelPart(**parallel), num_layers, 8) for rank in range(size)]
+    return [Place.of(Ranks(rank, size), ParallelPart(**parallel), num_layers, 8, 1) for rank in range(size)]
 
 
 @pytest.mark.parametrize(("stages", "experts"), [(1, 1), (1, 4), (2, 1), (2, 2), (3, 2), (3, 4)])
@@ -72,3 +72,20 @@ def test_stages_are_as_large_as_the_recipe_says() -> None:
 def test_division_that_does_not_come_out_is_an_error(size: int, parallel: dict[str, Any], word: str) -> None:
     with pytest.raises(Usage, match=word):
         places(size, **parallel)
+
+
+@pytest.mark.parametrize("num_mtp", [0, 1])
+def test_every_name_is_in_one_stage_and_the_embedding_in_two_for_mtp(num_mtp: int) -> None:
+    parallel = ParallelPart(stages=3, layers=(2, 2, 3))
+    found = [Place.of(Ranks(rank, 3), parallel, 7, 8, num_mtp) for rank in range(3)]
+
+    def stages(name: str) -> list[int]:
+        return [place.stage for place in found if place.has(name)]
+
+    assert [stages(f"model.layers.{layer}.mlp.gate.weight") for layer in range(7)] == [
+        [0], [0], [1], [1], [2], [2], [2],
+    ]  # fmt: skip
+    for name in ("lm_head.weight", "model.norm.weight", "model.hc_head.hc_base", "mtp.0.norm.weight"):
+        assert stages(name) == [2]
+    assert stages("model.embed_tokens.weight") == ([0, 2] if num_mtp else [0])
+    assert {place.shares_embedding for place in found} == {bool(num_mtp)}
