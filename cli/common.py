@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from dsv4ckpt import probe, source
+from dsv4ckpt import hub_source, probe, source
 from dsv4ckpt.errors import EXIT_SIGNAL
 from dsv4ckpt.formats import INDEX_NAME
 from dsv4ckpt.ranks import ALONE, Ranks
@@ -104,7 +104,7 @@ follow_links_option = click.option(
 def open_any(path: str, *, follow_links: bool) -> Checkpoint:
     """A checkpoint: safetensors files or a torch DCP directory. raises as their own functions"""
     if not source.is_dcp(path) or probe.is_there(os.path.join(path, INDEX_NAME)):
-        return source.open_checkpoint(path, follow_links=follow_links)
+        return hub_source.open_checkpoint(path, follow_links=follow_links)
     from dsv4ckpt import dcp_source  # brings torch
 
     return dcp_source.open_dcp(path, follow_links=follow_links)[0].checkpoint

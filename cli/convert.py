@@ -11,10 +11,11 @@ from typing import Any
 
 import click
 
-from dsv4ckpt import original, outdir, paper, plan, scaling, source, strictjson, survey
+from dsv4ckpt import hub_source, original, outdir, paper, plan, scaling, source, strictjson, survey
 from dsv4ckpt import sidecar as sidecars
 from dsv4ckpt.errors import EXIT_OK, Usage
 from dsv4ckpt.formats import MAX_INDEX_BYTES, SIDECAR_NAME, Target
+from dsv4ckpt.hub_source import HubCheckpoint
 from dsv4ckpt.names import Namespace
 from dsv4ckpt.original import Original
 from dsv4ckpt.plan import ConvertOptions, Plan, ScalePolicy
@@ -31,6 +32,7 @@ from .common import (
     workers_option,
 )
 from .progress import Progress
+from .shelves import pinned, say_sources, scratch_limit_option, shelves
 from .words import Console, LayerList, Size, human, plural, spans, table
 
 _SHOWN = 20  # quantized tensors; --json lists all
@@ -116,6 +118,7 @@ def original_options(native: str) -> Callable[[Callable[..., Any]], Callable[...
     help="MTP or DSpark stages.",
 )
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, metavar="SIZE")
+@scratch_limit_option
 @workers_option("Shards")
 @dry_run_option
 @click.option(
@@ -154,6 +157,7 @@ def command(
     layers: tuple[int, ...] | None,
     mtp: str,
     max_shard_size: int,
+    scratch_limit: int,
     workers: int,
     dry_run: bool,
     bandwidth: int | None,
@@ -216,17 +220,25 @@ def command(
         if on_paper:
             checkpoint: source.Checkpoint = paper.on_paper(src.removeprefix(paper.PREFIX))
         else:
-            checkpoint = source.open_checkpoint(src, follow_links=follow_links)
-        known = None if on_paper else original_of(src, released, sidecar, options, follow_links)
+            checkpoint = hub_source.open_checkpoint(pinned(src, dst), follow_links=follow_links)
+        known = None if on_paper else original_of(src, checkpoint, released, sidecar, options, follow_links)
         made = plan.make_plan(survey.survey(checkpoint, unit_scales=options.unit_scales), options, known)
     if dry_run:
         predicted = None
         if bandwidth or num_ranks:
             predicted = scaling.predict(made, num_ranks or 1, workers, bandwidth)
-        return show_plan(made, dst, console, predicted, needs_space=not on_paper)
+        more = say_sources(made, checkpoint, scratch_limit, console)
+        return show_plan(made, dst, console, predicted, needs_space=not on_paper, more=more)
     following = f"dsv4 verify {src} {dst} --level values"
     return carry_out(
-        made, checkpoint, dst, workers, console, accept_changes=accept_changes, following=following
+        made,
+        checkpoint,
+        dst,
+        workers,
+        console,
+        accept_changes=accept_changes,
+        following=following,
+        scratch_limit=scratch_limit,
     )
 
 
@@ -259,15 +271,21 @@ def _input_scales(path: str) -> dict[str, float]:
 
 
 def original_of(
-    src: str, released: str | None, sidecar: str | None, options: ConvertOptions, follow_links: bool
+    src: str,
+    checkpoint: source.Checkpoint | None,
+    released: str | None,
+    sidecar: str | None,
+    options: ConvertOptions,
+    follow_links: bool,
 ) -> Original | None:
-    """What is at hand of the release that SRC was made from."""
+    """What is at hand of the release that SRC was made from. checkpoint: SRC, opened"""
     if options.target is not Target.NATIVE:
         return None
     if released:
-        checkpoint = source.open_checkpoint(released, follow_links=follow_links)
-        return original.of_source(survey.survey(checkpoint, unit_scales=options.unit_scales))
-    found = sidecars.open_sidecar(sidecar or src, follow_links=follow_links)
+        release = hub_source.open_checkpoint(released, follow_links=follow_links)
+        return original.of_source(survey.survey(release, unit_scales=options.unit_scales))
+    at = sidecar or (checkpoint.sidecar_path if isinstance(checkpoint, HubCheckpoint) else src)
+    found = sidecars.open_sidecar(at, follow_links=follow_links) if at else None
     if found is None and sidecar:
         raise Usage(
             f"there is no {SIDECAR_NAME} there", found=repr(sidecar), do="name the conversion's directory"
@@ -387,17 +405,20 @@ def carry_out(
     verb: str = "convert",
     accept_changes: bool = False,
     more: Mapping[str, Any] = MappingProxyType({}),
+    scratch_limit: int = 0,
 ) -> int:
     """Execute a plan, and say what came of it. following: what to do next. more: for the JSON document"""
     from dsv4ckpt import run  # brings torch
 
     _say_plan(made, console, files=console.verbose)
+    say_sources(made, checkpoint, scratch_limit, console)
     stop, size = StopFlag(), place_in_job().size
     what = verb if size == 1 else f"{verb}, rank 0 of {size:,}"
     with (
         ranks_of_this_job() as ranks,
         Progress(what, quiet=console.quiet) as progress,
         stopping_on_signals(stop),
+        shelves(made, checkpoint, dst, scratch_limit, stop, progress),
     ):
 
         def on_event(event: run.Event) -> None:

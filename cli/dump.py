@@ -10,6 +10,7 @@ import click
 
 from dsv4ckpt import strictjson
 from dsv4ckpt.errors import EXIT_OK, Usage
+from dsv4ckpt.hub_source import HubCheckpoint
 from dsv4ckpt.stop import StopFlag
 
 from .common import common_options, follow_links_option, stopping_on_signals
@@ -198,6 +199,8 @@ def _recorded(found: Survey, ids: Ids, impl: str, dtype: str, wanted: Wanted) ->
     from dsv4model.dumps import as_dtype, as_ids
 
     if impl == "transformers":
+        if isinstance(found.checkpoint, HubCheckpoint):
+            raise Usage("transformers reads a directory of this machine", do="download it first: hf download")
         peer = trace_transformers.load(found.checkpoint.directory, found.document, as_dtype(dtype))
         return trace_transformers.record(peer, as_ids(ids), wanted=wanted)
     from dsv4model.loading import load

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from tqdm import tqdm
 
-from dsv4ckpt import paper
+from dsv4ckpt import hub, paper
 from dsv4ckpt.errors import EXIT_OK, Diverged, Interrupted, MissingFile, Usage
 from dsv4ckpt.stop import StopFlag
 from dsv4ckpt.survey import survey
@@ -89,7 +89,8 @@ def command(
             f"{made.model.source} has no weights to train",
             do="add --dry-run, or name a directory with the checkpoint",
         )
-    if not on_paper and not os.path.isdir(made.model.source):
+    elsewhere = on_paper or made.model.source.startswith(hub.PREFIX)
+    if not elsewhere and not os.path.isdir(made.model.source):
         raise MissingFile(
             "the checkpoint to start from is not there",
             found=repr(made.model.source),

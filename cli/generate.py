@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from dsv4ckpt import inventory
+from dsv4ckpt import hub, inventory
 from dsv4ckpt.errors import EXIT_OK, Usage
 
 from .common import common_options, follow_links_option
@@ -118,7 +118,7 @@ def command(console: Console, **given: Any) -> int:
 
     device = device_of(options.device)
     found, config = surveyed(options.ckpt, follow_links=options.follow_links)
-    tokenizer = Tokenizer.open(found.checkpoint.directory, follow_links=options.follow_links)
+    tokenizer = Tokenizer.open(found.checkpoint.small_directory, follow_links=options.follow_links)
     prompt = _prompt(options, tokenizer)
     require_possible(config, prompt, options.max_new_tokens, options.temperature, options.top_p)
     _tell(f"{found.identity.release.name}, stored as {found.identity.storage}", console)
@@ -184,6 +184,11 @@ def _conversation(options: _Options, text: str) -> str:
         messages.insert(0, {"role": "system", "content": options.system})
     mode = "thinking" if options.thinking else "chat"
     if options.trust_encoding:
+        if options.ckpt.startswith(hub.PREFIX):
+            raise Usage(
+                "--trust-encoding runs code that lies on this machine, and none from elsewhere",
+                do="download the checkpoint, read its encoding/, then name the directory",
+            )
         return trusted.load(options.ckpt, follow_links=options.follow_links).encode(messages, mode)
     return chat.encode(messages, mode)
 

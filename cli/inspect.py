@@ -9,6 +9,7 @@ import click
 
 from dsv4ckpt import names, probe, source, survey
 from dsv4ckpt.errors import EXIT_BAD_INPUT, EXIT_OK
+from dsv4ckpt.hub_source import HubCheckpoint
 from dsv4ckpt.survey import Survey
 
 from .common import common_options, follow_links_option, open_any, without_collecting
@@ -27,18 +28,19 @@ _SHOWN = 20  # deviations; --json lists all
 def command(src: str, pattern: str | None, follow_links: bool, console: Console) -> int:
     """Say what SRC is: release, layers, experts, sizes by class, shards, and every deviation from the inventory.
 
-    SRC is a checkpoint's directory or a single safetensors file. Reads headers only. Exits with 3 if the checkpoint
-    is broken.
+    SRC is a checkpoint's directory, a single safetensors file, or hf://owner/name[@revision]. Reads headers only, of the
+    Hub's files by range requests. Exits with 3 if the checkpoint is broken.
 
     \b
     Examples:
       dsv4 inspect DeepSeek-V4-Flash
+      dsv4 inspect hf://deepseek-ai/DeepSeek-V4-Flash
       dsv4 inspect DeepSeek-V4-Flash --tensors '*.attn.*'
       dsv4 inspect DeepSeek-V4-Flash --json | jq .deviations
     """
     with without_collecting():
         checkpoint = open_any(src, follow_links=follow_links)
-        if not probe.is_directory(src):
+        if not isinstance(checkpoint, HubCheckpoint) and not probe.is_directory(src):
             _single_file(checkpoint, pattern or "*", console)
             return EXIT_OK
         found = survey.survey(checkpoint)
@@ -133,6 +135,9 @@ def _say(found: Survey, classes: _Classes, console: Console) -> None:
         f", hash routing in layers {spans(range(model.num_hash_layers))}" if model.num_hash_layers else ""
     )
     total = checkpoint.total_size
+    if checkpoint.origin:
+        repository, commit = checkpoint.origin.values()
+        console.say(f"  source    hf://{repository}, commit {commit}")
     console.say(f"  layout    {identity.release.repository}")
     console.say(f"  layers    {model.num_layers}: {kinds}")
     console.say(
@@ -195,6 +200,7 @@ def _document(found: Survey, classes: _Classes) -> dict[str, Any]:
         "storage": identity.storage.value,
         "names": identity.namespace.value,
         "conform": _conforms(found),
+        **({"source": checkpoint.origin} if checkpoint.origin else {}),
         "layers": model.num_layers,
         "attention": survey.attention_kinds(model),
         "hash_layers": model.num_hash_layers,

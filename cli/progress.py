@@ -22,6 +22,7 @@ class Progress:
         self._lock = threading.Lock()
         self._bar: tqdm[None] | None = None
         self._done = self._start_done = self._total = 0
+        self._beside: dict[str, int] = {}  # bytes of other kinds, told but not counted
         self._began = self._spoke = time.monotonic()
 
     def start(self, total: int, done: int = 0) -> None:
@@ -39,16 +40,37 @@ class Progress:
             self._done += num_bytes
             if self._bar is not None:
                 self._bar.update(num_bytes)
-            elif not self._quiet and time.monotonic() - self._spoke >= _LINE_SECONDS:
-                self._spoke = time.monotonic()
-                print(self._line(), file=sys.stderr, flush=True)
+            self._speak()
+
+    def fetched(self, num_bytes: int) -> None:
+        self._count("fetched", num_bytes)
+
+    def sent(self, num_bytes: int) -> None:
+        self._count("sent", num_bytes)
+
+    def _count(self, word: str, num_bytes: int) -> None:
+        with self._lock:
+            self._beside[word] = self._beside.get(word, 0) + num_bytes
+            if self._bar is not None:
+                self._bar.set_postfix_str(self._words(), refresh=False)
+            self._speak()
+
+    def _words(self) -> str:
+        return ", ".join(f"{word} {human(count)}" for word, count in self._beside.items())
+
+    def _speak(self) -> None:
+        """A line now and then, where there is no bar."""
+        if self._bar is None and not self._quiet and time.monotonic() - self._spoke >= _LINE_SECONDS:
+            self._spoke = time.monotonic()
+            print(self._line(), file=sys.stderr, flush=True)
 
     def _line(self) -> str:
         rate = self.rate
         left = f", {(self._total - self._done) / rate:.0f} s left" if rate else ""
         share = self._done / self._total if self._total else 1
         done = f"{human(self._done)} of {human(self._total)}"
-        return f"{self._what}: {done} ({share:.0%}), {human(rate)}/s{left}"
+        beside = f"; {self._words()}" if self._beside else ""
+        return f"{self._what}: {done} ({share:.0%}), {human(rate)}/s{left}{beside}"
 
     @property
     def seconds(self) -> float:

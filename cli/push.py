@@ -78,9 +78,9 @@ def command(
         console.say("nothing was sent: this was a dry run")
         console.document(document)
         return EXIT_OK
-    from dsv4ckpt.hub import Repo  # brings the client
+    from dsv4ckpt.hub_writer import WritableRepo  # brings the client
 
-    hub = Repo(repo)
+    hub = WritableRepo(repo)
     user = hub.user()
     hub.require_card(plan.card.decode())
     was_made = hub.create(private=private)

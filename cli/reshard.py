@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dsv4ckpt import formats, plan, source, survey
+from dsv4ckpt import formats, hub, hub_source, plan, source, survey
 from dsv4ckpt.errors import Usage
 from dsv4ckpt.formats import Target
 from dsv4ckpt.names import Experts, Namespace
@@ -16,6 +16,7 @@ from dsv4ckpt.survey import Survey
 
 from . import convert
 from .common import common_options, dry_run_option, follow_links_option, without_collecting, workers_option
+from .shelves import say_sources, scratch_limit_option
 from .words import Console, Size, plural
 
 _LEAST_CHUNK = 64 * 1024  # smaller chunks are mostly what stands around them
@@ -66,6 +67,7 @@ _SHOWN = 3  # of the entries that are left
 @click.option(
     "--max-file-size", type=Size(), default="5GB", show_default=True, metavar="SIZE", help="Of files in DST."
 )
+@scratch_limit_option
 @workers_option("Files")
 @dry_run_option
 @click.option("--allow-nan", multiple=True, metavar="NAME", help="Accept NaN and infinities in this tensor.")
@@ -94,6 +96,7 @@ def command(
     to_dtype: str | None,
     chunk_bytes: int | None,
     max_file_size: int,
+    scratch_limit: int,
     workers: int,
     dry_run: bool,
     allow_nan: tuple[str, ...],
@@ -143,19 +146,21 @@ def command(
     if os.path.realpath(src) == os.path.realpath(dst):
         raise Usage("DST is SRC: nothing is written in place", do="name a new directory")
     with without_collecting():
-        found, left = _surveyed(src, to, like or _config_at(src, released), prefix, allow_lossy, follow_links)
-        known = convert.original_of(src, released, sidecar, options, follow_links)
+        config_at = like or _config_at(src, released)
+        found, left = _surveyed(src, to, config_at, prefix, allow_lossy, follow_links)
+        known = convert.original_of(src, found.checkpoint, released, sidecar, options, follow_links)
         made = plan.make_plan(found, options, known)
     if left:
         shown = ", ".join(left[:_SHOWN]) + (", ..." if len(left) > _SHOWN else "")
         console.say(f"{plural(len(left), 'item')} of SRC, not of the model, stay behind: {shown}")
-    more = {"not_of_the_model": list(left)}
+    more: dict[str, Any] = {"not_of_the_model": list(left)}
     if dry_run:
+        more |= say_sources(made, found.checkpoint, scratch_limit, console)
         return convert.show_plan(made, dst, console, more=more)
     following = f"dsv4 verify {dst}"
     if to == "dcp":
         following = f"torch.distributed.checkpoint.load(state_dict, checkpoint_id={dst!r})"
-    elif found.checkpoint.directory == src:
+    elif found.checkpoint.directory == src or src.startswith(hub.PREFIX):
         following = f"dsv4 verify {src} {dst} --level values"
     return convert.carry_out(
         made,
@@ -167,6 +172,7 @@ def command(
         following=following,
         accept_changes=True,  # a trainer changes what it saves, and no manifest knows of it
         more=more,
+        scratch_limit=scratch_limit,
     )
 
 
@@ -177,6 +183,7 @@ def _surveyed(
     if source.is_dcp(src):
         from dsv4ckpt import dcp_source  # brings torch
 
+        config_at = _small_files_at(config_at)
         return dcp_source.open_dcp(
             src, config_at=config_at, prefix=prefix, allow_lossy=allow_lossy, follow_links=follow_links
         )
@@ -188,12 +195,19 @@ def _surveyed(
         )
     if prefix is not None or config_at not in (None, src):
         raise Usage("--prefix and --like go with a DCP directory as SRC", do="leave them out")
-    return survey.survey(source.open_checkpoint(src, follow_links=follow_links)), ()
+    return survey.survey(hub_source.open_checkpoint(src, follow_links=follow_links)), ()
 
 
 def _config_at(src: str, released: str | None) -> str | None:
     """Where config.json is: in SRC itself if it has one. None: there"""
     return None if released is None or os.path.lexists(os.path.join(src, formats.CONFIG_NAME)) else released
+
+
+def _small_files_at(like: str | None) -> str | None:
+    """The same, on this machine."""
+    if like is None or not like.startswith(hub.PREFIX):
+        return like
+    return hub_source.open_hub(like).small_directory
 
 
 def _require_fitting(to: str, of_safetensors: dict[str, Any], of_dcp: dict[str, Any]) -> None:

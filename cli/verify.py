@@ -9,9 +9,10 @@ from typing import Any
 
 import click
 
-from dsv4ckpt import compare, oids, probe, survey, verify
+from dsv4ckpt import compare, oids, survey, verify
 from dsv4ckpt.errors import EXIT_DIFFERENT, EXIT_OK, Usage
 from dsv4ckpt.formats import MANIFEST_NAME
+from dsv4ckpt.hub_source import HubCheckpoint
 from dsv4ckpt.stop import StopFlag
 
 from .common import common_options, follow_links_option, open_any, stopping_on_signals
@@ -70,9 +71,13 @@ def command(
     With --level bytes, shards, config, index and small files of both are compared as files too. Shards that hold the
     same tensors in another order or split are told, and no failure.
 
+    Of hf://owner/name[@revision] the ids that the Hub publishes are compared with the manifest, and nothing is
+    downloaded; values come by ranges.
+
     \b
     Examples:
       dsv4 verify flash-bf16
+      dsv4 verify hf://me/flash-bf16
       dsv4 verify DeepSeek-V4-Flash flash-bf16 --level values
       dsv4 verify DeepSeek-V4-Flash flash-bf16 --subset 1/20
       dsv4 verify DeepSeek-V4-Flash restored --level bytes
@@ -141,17 +146,19 @@ def _one(
     )
     console.say(f"  structure {complete if structure.ok else 'NOT complete'}")
     document: dict[str, Any] = {"ok": structure.ok, "structure": structure.document()}
-    has_manifest = probe.is_there(os.path.join(path, MANIFEST_NAME))
-    if level == "bytes" or (level is None and has_manifest):
-        with _watched(console) as (on_event, stop):
-            report = verify.verify_bytes(
-                path,
-                subset=subset,
-                follow_links=follow_links,
-                num_workers=workers,
-                on_event=on_event,
-                stop=stop,
-            )
+    if level == "bytes" or (level is None and structure.has_manifest):
+        if isinstance(checkpoint, HubCheckpoint):
+            report = verify.verify_published(checkpoint, subset=subset)
+        else:
+            with _watched(console) as (on_event, stop):
+                report = verify.verify_bytes(
+                    path,
+                    subset=subset,
+                    follow_links=follow_links,
+                    num_workers=workers,
+                    on_event=on_event,
+                    stop=stop,
+                )
         _say_problems(
             [_file_words(file) for file in report.files if file.verdict != "ok"],
             console,

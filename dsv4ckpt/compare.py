@@ -18,7 +18,7 @@ from . import formats
 from .errors import Usage
 from .formats import Quant, Shape, Spelling, ceil_div
 from .inventory import Logical
-from .manifest import Listed, read_manifest
+from .manifest import Listed, manifest_of
 from .source import Checkpoint, Reader
 from .stop import StopFlag
 from .survey import Survey
@@ -148,7 +148,7 @@ def _proven(pairs: list[_Pair], verdicts: list[TensorVerdict]) -> Mapping[str, i
 
 def _selection(a: Survey, b: Survey) -> tuple[tuple[int, ...] | None, frozenset[str], tuple[str, ...]]:
     """From b's manifest, if it fits: layers of a that b is made of, dropped tensors of a; else a note."""
-    manifest = read_manifest(b.checkpoint.directory, follow_links=b.checkpoint.follow_links)
+    manifest = manifest_of(b.checkpoint)
     if manifest is None:
         return None, frozenset(), ()
     shards = {Listed(item.name, item.stamp.size, item.header.sha256) for item in a.checkpoint.shards.values()}

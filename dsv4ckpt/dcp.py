@@ -31,10 +31,11 @@ from .dcp_storage import PathReader, done
 from .dcp_writer import ReleaseWriter as ReleaseWriter
 from .errors import NotConform, Usage
 from .formats import QUANTS, Kind, Shape, Storage
+from .hub_source import open_checkpoint
 from .inventory import Layout, Logical, Part, Stored, lay_out
 from .names import Experts, Namespace
 from .roundtrip import chunks
-from .source import Landing, Reader, open_checkpoint
+from .source import Landing, Reader
 from .survey import Survey, survey
 from .threads import one_torch_thread
 from .values import Values

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -60,16 +60,15 @@ class DcpCheckpoint(Checkpoint):
     def is_safetensors(self) -> bool:
         return False
 
-    @property
-    def shard_directory(self) -> str:
-        return self.path
+    def place(self, shard: str) -> source.Place:
+        return source.Place(self.path, shard, self.shards[shard].stamp)
 
     def small_files(self) -> list[SmallFile]:
         ours = [item for item in super().small_files() if not item.name.endswith(_SUFFIX)]
         return [item for item in ours if item.name != DCP_METADATA_NAME]
 
     @contextlib.contextmanager
-    def reader(self) -> Iterator[Reader]:
+    def reader(self, whole: Collection[str] = ()) -> Iterator[Reader]:  # noqa: ARG002 - all is here
         reader = _DcpReader(self)
         try:
             yield reader

@@ -29,11 +29,11 @@ from .exchange import Exchange, ExchangingRanks, Piece
 from .export import Path
 from .formats import Storage
 from .held import VALUE_DTYPES, Held, HeldCheckpoint, Like, Rows, carried, from_files, repeats, twins
+from .hub_source import open_checkpoint
 from .inventory import Layout, Part, Stored, lay_out
 from .names import Experts, Namespace
 from .plan import ConvertOptions, make_plan
 from .run import Summary
-from .source import open_checkpoint
 from .survey import Survey, survey
 
 _TAKEN = {  # dtypes of a state dict, by the dtype that the release has where it has no codes

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -78,7 +78,7 @@ class HeldCheckpoint(Checkpoint):
         return super().has_sidecar and self.like.identity.storage is Storage.BF16
 
     @contextlib.contextmanager
-    def reader(self) -> Iterator[Reader]:
+    def reader(self, whole: Collection[str] = ()) -> Iterator[Reader]:  # noqa: ARG002 - all is at hand
         with self.like.checkpoint.reader() as files:
             yield _HeldReader(self, Like(Values(self.like, files), files))
 

@@ -1,4 +1,4 @@
-"""One repository of models on the Hugging Face Hub: the only network.  Knows no tensors and no manifest.
+"""One repository of models on the Hugging Face Hub, to read from; with hub_writer the only network.  Knows no tensors.
 
 Calls only what huggingface_hub 1.0 and 2.4 share.  It finds the token itself (HF_TOKEN, `hf auth login`); here it is
 asked for once, to take it out of what a server says.  What passes by (too many requests, a broken server or
@@ -8,18 +8,25 @@ signed, and the client's own messages contain them: none of these is passed on, 
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 from .errors import Environment, HubFailed, Usage, printable
 
+PREFIX = "hf://"  # of a SRC or DST that is on the Hub
 _TRIES = 6
 _LONGEST_WAIT = 300.0  # seconds, whatever a server asks for
 _PASSING = {408, 409, 412, 429, 500, 502, 503, 504}  # 409, 412: somebody else committed meanwhile
+_EXPIRED = {400, 401, 403, 404, 410}  # what a storage says to an address that was good once
+_REDIRECTS = {301, 302, 303, 307, 308}
+_MOST_REDIRECTS = 5
+_TIMEOUT = 60.0  # seconds without a byte
+_PIECE = 1 << 20  # bytes handed on at a time
 _MAX_SAID = 200  # characters of what a server says
 _AGAIN = "give the same command again later: it goes on where it stopped"
-_LOGIN = "hf auth login, or set HF_TOKEN, with a token that may write to this repository"
+LOGIN_TO_WRITE = "hf auth login, or set HF_TOKEN, with a token that may write to this repository"
 _Result = TypeVar("_Result")
 
 
@@ -31,155 +38,163 @@ class Remote(NamedTuple):
     git_blob: str
 
 
-class Addition(NamedTuple):
-    """A file to commit. content: where it lies, or its bytes"""
+class Address(NamedTuple):
+    """What stands behind hf://: a repository, and a branch, tag or commit of it."""
 
     name: str
-    content: str | bytes
+    revision: str | None
+
+
+class _Broken(RuntimeError):
+    """Bytes that did not come as they were asked for; passes by."""
+
+
+def parse_address(text: str) -> Address:
+    """hf://owner/name or hf://owner/name@revision. raises Usage"""
+    name, at, revision = text.removeprefix(PREFIX).partition("@")
+    if not text.startswith(PREFIX) or (at and not re.fullmatch(r"[\w./-]{1,250}", revision, re.ASCII)):
+        raise _no_repo(text)
+    _require_name(name)
+    return Address(name, revision or None)
 
 
 class Repo:
-    """A repository, and the branch of it that is written to."""
+    """A repository as of a revision; `pin` makes that a commit."""
 
-    def __init__(self, name: str) -> None:
-        """raises Usage, HubFailed without a token"""
+    login = "hf auth login, or set HF_TOKEN, with a token that may read this repository"
+
+    def __init__(self, name: str, revision: str | None = None) -> None:
+        """raises Usage"""
         import huggingface_hub as client
-        from huggingface_hub.utils import HFValidationError, disable_progress_bars, logging, validate_repo_id
+        from huggingface_hub.utils import disable_progress_bars, logging
 
-        try:
-            validate_repo_id(name)
-        except HFValidationError:
-            raise _no_repo(name) from None
-        if name.count("/") != 1:
-            raise _no_repo(name)
+        _require_name(name)
         logging.set_verbosity(50)  # above every level that it speaks at
         disable_progress_bars()
-        self.name, self.revision = name, "main"
-        self._api = client.HfApi()
+        self.name, self.revision = name, revision or "main"
+        self.api = client.HfApi()
+        self._locations: dict[
+            str, str
+        ] = {}  # signed addresses of files in the storage: good for an hour or so
+        self.pause: Callable[[float], object] = threading.Event().wait  # between two tries, in seconds
         self._secret: str | None = None
-        self._secret = self._tried("looking for the token", client.get_token)
-        if not self._secret:
-            raise HubFailed(
-                "there is no token of the Hub on this machine", expected="a login, or HF_TOKEN", do=_LOGIN
-            )
+        self._secret = self.tried("looking for the token", client.get_token)
+
+    @property
+    def has_token(self) -> bool:
+        return bool(self._secret)
 
     @property
     def endpoint(self) -> str:
-        return str(self._api.endpoint)
+        return str(self.api.endpoint)
 
-    def user(self) -> str:
-        """Whose token it is. raises HubFailed"""
-        return str(self._tried("asking whose token it is", self._api.whoami)["name"])
-
-    def require_card(self, text: str) -> None:
-        """Let the Hub read a model card's metadata. raises Usage, HubFailed"""
-        body = {"content": text, "repoType": "model"}
-        answer = self._tried(
-            "checking the model card", lambda: self._request("POST", "validate-yaml", body, {400})
+    def pin(self) -> str:
+        """The commit that the revision names now; it is what is read from here on. raises HubFailed"""
+        self.revision = str(
+            self.tried("looking for it", lambda: self.api.repo_info(self.name, revision=self.revision)).sha
         )
-        said = answer.json().get("errors") if answer.status_code == 400 else None
-        if said is not None:
-            found = "; ".join(str(item.get("message")) for item in said)
-            raise Usage(
-                "the Hub does not accept the model card",
-                file="README.md",
-                found=repr(self._harmless(found)),
-                do="mend the lines between the two --- at its beginning",
-            )
-
-    def create(self, *, private: bool) -> bool:
-        """Make the repository unless it is there; whether it was made. raises Usage, HubFailed
-
-        private  one that is there must be private as well
-        """
-        from huggingface_hub.errors import RepositoryNotFoundError
-
-        def create() -> bool:
-            try:
-                info = self._api.repo_info(self.name)
-            except RepositoryNotFoundError:
-                self._api.create_repo(self.name, private=private, exist_ok=True)
-                return True
-            if private and not info.private:
-                raise Usage(
-                    f"{self.name} is there already, and public",
-                    do="make it private in its settings, or leave --private out",
-                )
-            return False
-
-        return self._tried("creating the repository", create)
-
-    def require_write(self) -> None:
-        """raises HubFailed if the token may not write here"""
-        self._tried(
-            "asking for write access",
-            lambda: self._request("GET", f"models/{self.name}/auth-check/write"),
-        )
-
-    def take_branch(self, branch: str) -> None:
-        """Write to this branch from now on; it is made from main if it is not there. raises HubFailed"""
-        self._tried(
-            "creating the branch", lambda: self._api.create_branch(self.name, branch=branch, exist_ok=True)
-        )
-        self.revision = branch
-
-    def take_pull_request(self, title: str, user: str) -> int:
-        """Write to a pull request from now on: to the user's open one of this title, or a new one. raises HubFailed"""
-
-        def take() -> int:
-            for item in self._api.get_repo_discussions(self.name):
-                is_open = item.is_pull_request and item.status in ("draft", "open")
-                if is_open and item.title == title and item.author == user:
-                    return int(item.num)
-            return int(self._api.create_pull_request(self.name, title, description="See the model card.").num)
-
-        number = self._tried("opening a pull request", take)
-        self.revision = f"refs/pr/{number}"
-        return number
+        return self.revision
 
     def files(self) -> dict[str, Remote]:
-        """What the branch holds now. raises HubFailed"""
+        """What the revision holds now. raises HubFailed"""
         from huggingface_hub.hf_api import RepoFile
 
         def files() -> dict[str, Remote]:
-            entries = self._api.list_repo_tree(self.name, recursive=True, revision=self.revision)
+            entries = self.api.list_repo_tree(self.name, recursive=True, revision=self.revision)
             return {
                 item.path: Remote(item.size, item.lfs.sha256 if item.lfs else None, item.blob_id)
                 for item in entries
                 if isinstance(item, RepoFile)
             }
 
-        return self._tried("listing its files", files)
+        return self.tried("listing its files", files)
 
-    def commit(
-        self,
-        missing: Callable[[Mapping[str, Remote]], tuple[Iterable[Addition], Iterable[str]]],
-        message: str,
-        on_sent: Callable[[str], None],
-    ) -> None:
-        """Send files and make them visible in one commit. raises HubFailed, Environment
+    def read(self, file: str, begin: int, end: int) -> bytes:
+        """Bytes [begin, end) of a file. raises HubFailed"""
+        found = bytearray(end - begin)
 
-        missing  what is to be sent and what to be deleted, given what is there: asked again before every attempt,
-                 because a commit may have been done though its answer never came
-        on_sent  told of every file whose bytes are on the Hub
+        def take(offset: int, piece: bytes) -> None:
+            found[offset - begin : offset - begin + len(piece)] = piece
+
+        self.stream(file, begin, end, take)
+        return bytes(found)
+
+    def stream(self, file: str, begin: int, end: int, take: Callable[[int, bytes], None]) -> None:
+        """Hand bytes [begin, end) of a file to `take(offset, piece)`, in order. raises HubFailed, what `take` raises
+
+        After a broken connection it goes on with the byte that is due.
         """
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+        done = begin
 
         def attempt() -> None:
-            additions, deletions = missing(self.files())
-            adds = [CommitOperationAdd(item.name, item.content) for item in additions]
-            for add in adds:
-                self._api.preupload_lfs_files(self.name, [add], revision=self.revision)
-                on_sent(add.path_in_repo)
-            operations: list[Any] = [*adds, *(CommitOperationDelete(name) for name in deletions)]
-            if operations:
-                self._api.create_commit(self.name, operations, commit_message=message, revision=self.revision)
+            nonlocal done
+            for piece in self._pieces(file, done, end):
+                take(done, piece)
+                done += len(piece)
+            if done != end:
+                raise _Broken("the connection ended early")
 
-        self._tried("sending files", attempt)
+        self.tried(f"reading {printable(file)}", attempt)
+
+    def _pieces(self, file: str, begin: int, end: int) -> Iterator[bytes]:
+        if begin == end:
+            return
+        known = self._locations.get(file)
+        location, headers = (known, {}) if known else self._resolved(file)
+        with self._asked(location, headers, begin, end) as answer:
+            if known and answer.status_code in _EXPIRED:
+                self._locations.pop(file, None)
+                raise _Broken("the address has expired")
+            self._require_range(answer, begin)
+            left = end - begin
+            for piece in answer.iter_bytes(_PIECE):
+                yield piece[:left]
+                left -= len(piece[:left])
+                if not left:
+                    return
+
+    def _asked(self, location: str, headers: dict[str, str], begin: int, end: int) -> Any:
+        from huggingface_hub.utils import get_session
+
+        ranged = {**headers, "Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+        return get_session().stream("GET", location, headers=ranged, follow_redirects=False, timeout=_TIMEOUT)
+
+    def _require_range(self, answer: Any, begin: int) -> None:
+        from huggingface_hub.utils import hf_raise_for_status
+
+        if answer.status_code >= 400:
+            answer.read()
+            hf_raise_for_status(answer)
+        starts = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
+        if answer.status_code != 206 or starts is None or int(starts[1]) != begin:
+            if answer.status_code == 200 and begin == 0:
+                return  # the whole file, of which the beginning is taken
+            raise _Broken("the storage did not send the range that was asked for")
+
+    def _resolved(self, file: str) -> tuple[str, dict[str, str]]:
+        """Where a file's bytes are, and what to send there: the token goes to the Hub alone."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        url = hf_hub_url(self.name, file, revision=self.revision, endpoint=self.endpoint)
+        host = self.endpoint.rstrip("/") + "/"
+        for _ in range(_MOST_REDIRECTS):
+            headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+            answer = get_session().request(
+                "HEAD", url, headers=headers, follow_redirects=False, timeout=_TIMEOUT
+            )
+            if answer.status_code not in _REDIRECTS:
+                hf_raise_for_status(answer)
+                return url, headers
+            url = str(answer.url.join(answer.headers.get("Location", "")))
+            if not url.startswith(host):
+                self._locations[file] = url
+                return url, {}
+        raise _Broken("it is redirected in a circle")
 
     # ---- one way to ask
 
-    def _request(self, method: str, route: str, body: object = None, also: Iterable[int] = ()) -> Any:
+    def request(self, method: str, route: str, body: object = None, also: Iterable[int] = ()) -> Any:
         """A route of the API that no method of both versions covers. also: statuses that are answers as well"""
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -189,7 +204,7 @@ class Repo:
             hf_raise_for_status(answer)
         return answer
 
-    def _tried(self, doing: str, call: Callable[[], _Result]) -> _Result:
+    def tried(self, doing: str, call: Callable[[], _Result]) -> _Result:
         """Call, and again after what passes by. raises HubFailed, what is ours"""
         from huggingface_hub.errors import HfHubHTTPError
 
@@ -206,7 +221,7 @@ class Repo:
                     raise self._told(
                         doing, cause, passes=passes, is_http=isinstance(cause, http_error)
                     ) from None
-                threading.Event().wait(min(_asked_wait(cause, wait), _LONGEST_WAIT))
+                self.pause(min(_asked_wait(cause, wait), _LONGEST_WAIT))
                 wait *= 2
         raise AssertionError
 
@@ -215,41 +230,81 @@ class Repo:
         kind, status = type(error).__name__, _status(error)
         where = f"{self.name}: {doing}"
         if isinstance(error, OSError) and not is_http and kind != "OfflineModeIsEnabled":
-            return Environment(f"{where}: cannot read a file to send", found=error.strerror, do=_AGAIN)
+            return Environment(f"{where}: cannot read or write a file", found=error.strerror, do=_AGAIN)
         if kind == "OfflineModeIsEnabled":
-            return HubFailed(f"{where}: HF_HUB_OFFLINE is set", do="unset it")
-        if status is None:
-            what = "the connection failed" if is_http else "the client gave up"
             return HubFailed(
-                f"{where}: {what}", found=kind, do=_AGAIN if passes else "see whether a newer client helps"
+                f"{where}: HF_HUB_OFFLINE is set",
+                do="unset it, or name a directory of this machine",
+            )
+        if isinstance(error, _Broken):
+            return HubFailed(f"{where}: {error}, again and again", do=_AGAIN)
+        if status is None:
+            if is_http:
+                do = f"see whether this machine reaches {self.endpoint}, then {_AGAIN}"
+                return HubFailed(f"{where}: the connection failed", found=kind, do=do)
+            return HubFailed(
+                f"{where}: the client gave up",
+                found=kind,
+                do=_AGAIN if passes else "see whether a newer client helps",
             )
         said = getattr(error, "server_message", None)
-        found = str(status) + (f": {self._harmless(str(said))!r}" if said else "")
-        if kind == "RevisionNotFoundError":
-            return HubFailed(
-                f"{where}: there is no such branch", found=self.revision, do="check its spelling"
-            )
-        if kind in ("RepositoryNotFoundError", "GatedRepoError"):
-            what = "there is no such repository, or this token may not see it"
-            return HubFailed(f"{where}: {what}", found=found, do=f"check its spelling; {_LOGIN}")
-        whats = {
-            401: ("the Hub does not know this token", _LOGIN),
-            403: ("the Hub does not allow it", _LOGIN),
-            429: ("too many requests, again and again", _AGAIN),
-        }
-        what, do = whats.get(
-            status, ("the Hub fails again and again" if passes else "the Hub refuses it", _AGAIN)
-        )
+        found = str(status) + (f": {self.harmless(str(said))!r}" if said else "")
+        what, do = self._words(kind, status, passes=passes)
         return HubFailed(f"{where}: {what}", found=found, do=do)
 
-    def _harmless(self, text: str) -> str:
+    def _words(self, kind: str, status: int, *, passes: bool) -> tuple[str, str]:
+        """What happened, and what to do."""
+        page = f"{self.endpoint}/{self.name}"
+        if kind == "RevisionNotFoundError":
+            return f"there is no revision {self.revision!r}", f"{page}/tree/main shows branches and tags"
+        if kind == "GatedRepoError":
+            access = f"ask for access on {page}"
+            if self.has_token:
+                return "this repository is gated, and this token has no access to it", access
+            return (
+                "this repository is gated, and there is no token on this machine",
+                f"{access}, then {self.login}",
+            )
+        if kind == "RepositoryNotFoundError":
+            what = "there is no such repository, or "
+            what += (
+                "this token may not see it" if self.has_token else "it is private, and there is no token here"
+            )
+            return what, f"check its spelling; {self.login}"
+        if kind == "RemoteEntryNotFoundError" or kind == "EntryNotFoundError":
+            return "there is no such file", _AGAIN
+        whats = {
+            401: ("the Hub does not know this token", self.login),
+            403: ("the Hub does not allow it", self.login),
+            429: ("too many requests, again and again", _AGAIN),
+        }
+        return whats.get(
+            status, ("the Hub fails again and again" if passes else "the Hub refuses it", _AGAIN)
+        )
+
+    def harmless(self, text: str) -> str:
         """What a server says, cut, without the token."""
         return printable(text.replace(self._secret or "\0", "[removed]")[:_MAX_SAID])
 
 
+def _require_name(name: str) -> None:
+    """raises Usage"""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise _no_repo(name) from None
+    if name.count("/") != 1:
+        raise _no_repo(name)
+
+
 def _no_repo(name: str) -> Usage:
     return Usage(
-        "this is no name of a repository", expected="owner/name", found=repr(name)[:_MAX_SAID], do="mend it"
+        "this is no name of a repository",
+        expected="owner/name; where a checkpoint is named, hf://owner/name or hf://owner/name@revision",
+        found=repr(name)[:_MAX_SAID],
+        do="mend it",
     )
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-from . import contained, formats, probe, shard, strictjson
+from . import contained, formats, probe, shard, source, strictjson
 from .errors import BadManifest, UnsafePath
 from .formats import MANIFEST_NAME
 
@@ -42,7 +42,10 @@ class Manifest:
     plan_sha256: str
     files: tuple[Listed, ...]
     source: frozenset[Listed]  # shards that the output was made from; the SHA-256 is their header's
-    samples: dict[str, str]  # source shard -> SHA-256 of pieces of its data
+    proofs: dict[str, dict[str, str]]  # source shard -> what tells its data from others: Checkpoint.proof
+    origin: dict[
+        str, str
+    ]  # where on the Hub the source was: repository and commit; empty if it was not there
     layers: tuple[int, ...] | None  # source layers that were selected; None: all
     dropped: frozenset[str]  # tensors of the source that were left out
     num_inexact: int
@@ -63,9 +66,27 @@ def read_manifest(directory: str, *, follow_links: bool = False) -> Manifest | N
         return None
     with contained.opened(directory, MANIFEST_NAME, follow_links) as fd:
         size = os.fstat(fd).st_size
-        if size > _MAX_BYTES:
-            raise _bad("too large", f"at most {_MAX_BYTES:,} bytes", f"{size:,} bytes")
+        _require_modest(size)
         data = shard.read_exactly(fd, size, 0, MANIFEST_NAME)
+    return parse_manifest(data)
+
+
+def manifest_of(checkpoint: source.Checkpoint) -> Manifest | None:
+    """The manifest of a checkpoint, wherever that is. raises as read_manifest"""
+    size = checkpoint.size_of(MANIFEST_NAME)
+    if size is None:
+        return None
+    _require_modest(size)
+    return parse_manifest(checkpoint.read_small(MANIFEST_NAME))
+
+
+def _require_modest(size: int) -> None:
+    if size > _MAX_BYTES:
+        raise _bad("too large", f"at most {_MAX_BYTES:,} bytes", f"{size:,} bytes")
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """raises BadManifest, UnsafePath"""
     try:
         strictjson.require_modest(data, _LIMITS)
         document = strictjson.loads(data, floats=True)  # --input-scales are told
@@ -86,10 +107,8 @@ def read_manifest(directory: str, *, follow_links: bool = False) -> Manifest | N
         plan_sha256=_field(document, "plan_sha256", str),
         files=files,
         source=frozenset(_listed(row, "header_sha256") for row in _field(document, "source", list)),
-        samples={
-            _field(row, "file", str): _field(row, "sample_sha256", str)
-            for row in _field(document, "source", list)
-        },
+        proofs={_field(row, "file", str): _proof(row) for row in _field(document, "source", list)},
+        origin=_origin(document),
         layers=None if layers is None else tuple(layers),
         dropped=frozenset(_field(row, "name", str) for row in _field(document, "dropped", list)),
         num_inexact=_field(values, "not_exact", int),
@@ -116,6 +135,19 @@ def _field(fields: Any, key: str, kind: type[_Item]) -> _Item:
 def _text(fields: dict[str, Any], key: str) -> str | None:
     value = fields.get(key)
     return value if isinstance(value, str) else None
+
+
+def _proof(row: dict[str, Any]) -> dict[str, str]:
+    return {key: _field(row, key, str) for key in source.PROOFS if key in row} or {
+        source.PROOFS[0]: _field(row, source.PROOFS[0], str)
+    }
+
+
+def _origin(document: dict[str, Any]) -> dict[str, str]:
+    """What can be one, or nothing: it is told to people, and in a model card."""
+    found = {key: _text(document, f"source_{key}") or "" for key in ("repository", "commit")}
+    plain = re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", found["repository"], re.ASCII)
+    return found if plain and re.fullmatch("[0-9a-f]{40}", found["commit"]) else {}
 
 
 def _ascend(numbers: list[Any]) -> bool:

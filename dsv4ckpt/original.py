@@ -16,6 +16,7 @@ from .errors import BadSidecar, NotConform
 from .formats import INDEX_NAME
 from .shard import Entry
 from .sidecar import Remembered, Sidecar
+from .steps import PlannedFile
 from .survey import Survey
 
 
@@ -50,6 +51,18 @@ class Original:
     def what(self) -> str:
         """For messages."""
         return "the round-trip sidecar" if self.sidecar else "the checkpoint that --source names"
+
+    def shards_read(self, file: PlannedFile) -> frozenset[str]:
+        """Shards of the release that an output file is copied from, or compared with."""
+        if self.survey is None:
+            return frozenset()
+        layout, checkpoint = self.survey.layout, self.survey.checkpoint
+        names = {step.name for tensor in file.tensors for step in tensor.steps}
+        stored = {
+            where[name][0] for where in (layout.weights, layout.scales) for name in names & where.keys()
+        }
+        compared = {checkpoint.tensors[name].shard for name in (stored | names) & checkpoint.tensors.keys()}
+        return file.shards_read(checkpoint, is_released=True) | compared
 
     def refuse(self, what: str, **facts: Any) -> BadSidecar | NotConform:
         """An error for the caller to raise."""

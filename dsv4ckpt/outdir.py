@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import socket
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,8 +28,9 @@ from .errors import Busy, Dsv4Error, Environment, ForeignOutput, NoSpace, printa
 from .formats import MANIFEST_NAME, WORK_NAME
 from .sink import FileSink, Receipt, io_errors
 
-_PLAN, _JOURNAL, _REFUSED = "plan", "journal", "refused"
-_OUR_WORK_FILES = (_REFUSED, "lock", _PLAN)  # in this order: what still has a plan is taken up again
+_PLAN, _JOURNAL, _REFUSED, _COMMIT = "plan", "journal", "refused", "commit"
+SHELF_PREFIX = "shelf."  # of directories for what is fetched from elsewhere
+_OUR_WORK_FILES = (_REFUSED, "lock", _COMMIT, _PLAN)  # in this order: what still has a plan is taken up again
 _SPACE_MARGIN = 64 * 1024 * 1024  # bytes kept free beyond the output itself
 PART_PREFIX = "roundtrip."  # of the files that `new_part` makes
 
@@ -36,8 +38,17 @@ PART_PREFIX = "roundtrip."  # of the files that `new_part` makes
 class OutDir:
     """An output directory that belongs to one plan. Use `open_outdir` or `join_outdir`."""
 
-    def __init__(self, path: str, plan_sha256: str, source_sha256: str, rank: int = 0) -> None:
+    def __init__(
+        self,
+        path: str,
+        plan_sha256: str,
+        source_sha256: str,
+        rank: int = 0,
+        is_elsewhere: Callable[[Receipt], bool] | None = None,
+    ) -> None:
+        """is_elsewhere: whether a finished file that is not here any more is where it was moved to"""
         self.path = path
+        self._is_elsewhere = is_elsewhere
         self._plan_sha256 = plan_sha256
         self._source_sha256 = source_sha256
         self._journal = f"{_JOURNAL}.{rank}" if rank else _JOURNAL
@@ -201,14 +212,26 @@ class OutDir:
                 refused = probe.is_there(os.path.join(self._work, _REFUSED))
                 self.read_journals()
             if refused:
+                self._remove_shelves()
                 for name in self.finished:
                     with contextlib.suppress(OSError):
                         os.unlink(os.path.join(self.path, name))
                 self.finished.clear()
-            if (self._is_new or refused) and not self.finished:
+            if (self._is_new or refused) and not self.finished and not self._shelves():
                 self.clean()
                 if self.made_directory:
                     os.rmdir(self.path)
+
+    def _shelves(self) -> list[str]:
+        return [name for name in _names_in(self._work) if name.startswith(SHELF_PREFIX)]
+
+    def _remove_shelves(self) -> None:
+        for name in self._shelves():
+            shutil.rmtree(os.path.join(self._work, name), ignore_errors=True)
+
+    def pin(self, commit: str) -> None:
+        """Write down which commit of a source on the Hub is read: a later run reads the same. raises Environment"""
+        self.publish_bytes(os.path.join(WORK_NAME, _COMMIT), commit.encode(), journal=False)
 
     def clean(self) -> None:
         """Remove our own files and the work directory; what others left in it stays, and so does it then.
@@ -216,6 +239,7 @@ class OutDir:
         raises  Environment
         """
         with io_errors(WORK_NAME):
+            self._remove_shelves()
             names = _names_in(self._work)
             many = [name for name in names if name.startswith(PART_PREFIX) or _is_journal(name)]
             for name in (*many, *_OUR_WORK_FILES):
@@ -344,13 +368,13 @@ class OutDir:
                 break
             good += len(line)
             receipt = _receipt(text)
-            if (
-                receipt
-                and receipt.name in self._known
-                and _size_of(os.path.join(self.path, receipt.name)) == receipt.size
-            ):
+            if receipt and receipt.name in self._known and self._is_kept(receipt):
                 self.finished[receipt.name] = receipt
         return good
+
+    def _is_kept(self, receipt: Receipt) -> bool:
+        is_here = _size_of(os.path.join(self.path, receipt.name)) == receipt.size
+        return is_here or (self._is_elsewhere is not None and self._is_elsewhere(receipt))
 
     def remove_dead_temporaries(self) -> None:
         """Leftovers of a killed run on this host. Another host's, or a living process's, are left alone."""
@@ -365,17 +389,24 @@ class OutDir:
 
 
 @contextlib.contextmanager
-def open_outdir(path: str, plan_sha256: str, known: set[str], source_sha256: str = "") -> Iterator[OutDir]:
+def open_outdir(
+    path: str,
+    plan_sha256: str,
+    known: set[str],
+    source_sha256: str = "",
+    is_elsewhere: Callable[[Receipt], bool] | None = None,
+) -> Iterator[OutDir]:
     """Create or resume an output directory.
 
     plan_sha256    what is to be written; source_sha256: the very files that it is made from
     known          names of all files that will be written
+    is_elsewhere   whether a finished file that is not here any more is where it was moved to
     raises         Busy, ForeignOutput, Environment
     """
     with io_errors("."):
         existed = probe.is_directory(path)
         make_directory(path)
-        out = OutDir(path, plan_sha256, source_sha256)
+        out = OutDir(path, plan_sha256, source_sha256, is_elsewhere=is_elsewhere)
         out.made_directory = not existed
     try:
         with io_errors(WORK_NAME):
@@ -404,6 +435,13 @@ def join_outdir(
         raise
     finally:
         out.close()
+
+
+def pinned_commit(path: str) -> str | None:
+    """The commit that an unfinished run there reads; None: it has not written one down. raises Environment"""
+    with io_errors(WORK_NAME):
+        found = _read_if_there(os.path.join(path, WORK_NAME, _COMMIT))
+    return None if found is None else found.decode(errors="replace")
 
 
 def is_claimed(path: str) -> bool:

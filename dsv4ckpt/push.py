@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from . import card, contained, hub, probe, shard, verify
+from . import card, contained, probe, shard, verify
 from .card import CARD_NAME
 from .errors import BadConfig, EditedOutput, MissingFile
 from .formats import (
@@ -24,7 +24,8 @@ from .formats import (
     SIDECAR_NAME,
     WORK_NAME,
 )
-from .hub import Addition, Remote
+from .hub import Remote
+from .hub_writer import Addition, WritableRepo
 from .manifest import Listed, Manifest, read_manifest
 from .verify import FileVerdict
 
@@ -202,7 +203,7 @@ def _present(directory: str) -> Iterator[str]:
 # ---- doing it
 
 
-def push(plan: PushPlan, repo: hub.Repo, on_event: OnEvent = lambda event: None) -> Pushed:
+def push(plan: PushPlan, repo: WritableRepo, on_event: OnEvent = lambda event: None) -> Pushed:
     """Send what is missing, then compare what is there with the manifest.
 
     A shard's bytes are compared with the manifest before they are sent, group by group.

@@ -12,9 +12,10 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from . import __version__, contained, formats, outdir, probe, prove, sidecar, strictjson, torchfile
 from .desk import Desk, Rules
@@ -30,7 +31,7 @@ from .formats import (
     Kind,
 )
 from .inputs import Inputs
-from .manifest import read_manifest
+from .manifest import manifest_of, read_manifest
 from .outdir import OutDir
 from .plan import Plan
 from .ranks import ALONE, Ranks, share
@@ -76,6 +77,26 @@ class FileDone:
 Event = Started | Wrote | FileDone
 
 
+class Outlet(Protocol):
+    """Takes finished shards away, so that not all of them need be on this disk."""
+
+    @property
+    def limit(self) -> int:
+        """Bytes of shards that may be here."""
+
+    def make_room(self, size: int) -> None:
+        """Return when a shard of this size may be begun. raises what went wrong on the way out"""
+
+    def take(self, receipt: Receipt) -> None:
+        """Take a finished shard over: it may vanish from here at any time."""
+
+    def finish(self) -> None:
+        """Return when all that was taken is where it goes. raises what went wrong"""
+
+    def has(self, receipt: Receipt) -> bool:
+        """Whether the very bytes are where they go."""
+
+
 @dataclass(frozen=True)
 class Summary:
     """What came of a run."""
@@ -100,12 +121,14 @@ def execute(
     on_event: Callable[[Event], None] = lambda event: None,
     stop: StopFlag | None = None,
     ranks: Ranks = ALONE,
+    outlet: Outlet | None = None,
 ) -> Summary:
     """Carry out a plan into a directory, or continue where an earlier run of the same plan stopped.
 
     accept_changes  the source's manifest may say other values than there are
     on_event        called from worker threads
     ranks           of a job whose every rank calls this with the same plan and path; bytes are those of one
+    outlet          takes shards away once they are finished; alone only
     returns         on rank 0 the whole; on other ranks, what was done before and what they did themselves
     raises          NoSpace before the first byte if the output does not fit, NotLossless if scales alone tell that it
                     would lose values; Busy, ForeignOutput, SourceChanged, Interrupted: finished files stay, temporary
@@ -114,26 +137,28 @@ def execute(
                     another rank is gone
     """
     stop = stop or StopFlag()
-    complete = _already_complete(plan, checkpoint, path)
+    assert outlet is None or ranks.size == 1
+    complete = _already_complete(plan, checkpoint, path, outlet)
     try:
         with one_torch_thread():  # parallelism is across shards
             if complete is None:
                 if ranks.rank == 0:
-                    outdir.require_space(path, plan.total_bytes - _finished_bytes(path, plan))
+                    _require_space(plan, checkpoint, path, plan.files, _finished_bytes(path, plan), outlet)
                 prove.require_lossless(plan, checkpoint, stop, share(plan.files, ranks.size)[ranks.rank])
             ranks.meet(stop)  # what one rank refuses, none begins
-            with _opened(plan, checkpoint, path, ranks, stop, is_complete=complete is not None) as out:
+            is_complete = complete is not None
+            with _opened(plan, checkpoint, path, ranks, stop, outlet, is_complete=is_complete) as out:
                 if out is not None:
                     rules = _rules(plan, checkpoint, accept_changes)
-                    run = _Run(plan, checkpoint, out, rules, on_event, stop)
+                    run = _Run(plan, checkpoint, out, rules, on_event, stop, outlet)
                     return _carry_out(run, ranks, num_workers)
     except (Environment, ForeignOutput):
         # another run of this plan may have ended just before ours began or, where locks lie, while it worked
-        complete = _already_complete(plan, checkpoint, path)
+        complete = _already_complete(plan, checkpoint, path, outlet)
         if complete is None:
             raise
         return complete
-    complete = complete or _already_complete(plan, checkpoint, path)
+    complete = complete or _already_complete(plan, checkpoint, path, outlet)
     assert complete is not None
     on_event(Started(plan.shard_bytes, plan.shard_bytes, len(plan.files), len(plan.files)))
     return complete
@@ -141,7 +166,14 @@ def execute(
 
 @contextlib.contextmanager
 def _opened(
-    plan: Plan, checkpoint: Checkpoint, path: str, ranks: Ranks, stop: StopFlag, *, is_complete: bool
+    plan: Plan,
+    checkpoint: Checkpoint,
+    path: str,
+    ranks: Ranks,
+    stop: StopFlag,
+    outlet: Outlet | None,
+    *,
+    is_complete: bool,
 ) -> Iterator[OutDir | None]:
     """The output directory: rank 0 opens it, then the others join. None if rank 0 found it complete."""
     known = {file.name for file in plan.files} | set(plan.written) | {name for name, _, _ in plan.copied}
@@ -150,7 +182,11 @@ def _opened(
         ranks.meet(stop)
         yield None
     elif ranks.rank == 0:
-        with outdir.open_outdir(path, plan.sha256, known, _stamps(plan, checkpoint)) as out:
+        is_elsewhere = outlet.has if outlet else None
+        stamps = _stamps(plan, checkpoint)
+        with outdir.open_outdir(path, plan.sha256, known, stamps, is_elsewhere) as out:
+            if checkpoint.origin:
+                out.pin(" ".join(checkpoint.origin.values()))
             if ranks.size > 1:
                 out.share()
                 ranks.meet(stop)
@@ -164,7 +200,7 @@ def _opened(
                 "this rank does not see the directory that rank 0 writes into",
                 do="name a directory on a file system that all ranks share",
             )
-        if not outdir.is_claimed(path) and _already_complete(plan, checkpoint, path):
+        if not outdir.is_claimed(path) and _already_complete(plan, checkpoint, path, outlet):
             yield None
             return
         with outdir.join_outdir(path, plan.sha256, known, _stamps(plan, checkpoint), ranks.rank) as out:
@@ -189,16 +225,20 @@ def _carry_out(run: _Run, ranks: Ranks, num_workers: int) -> Summary:
     done = len(plan.files) - len(waiting)
     done_bytes = plan.shard_bytes - sum(file.size for _, file in waiting)
     if ranks.rank == 0:
-        outdir.require_space(run.out.path, plan.total_bytes - done_bytes)
+        files = [file for _, file in waiting]
+        _require_space(plan, run.checkpoint, out.path, files, done_bytes, run.outlet)
     ranks.meet(stop)  # nobody writes before all have seen the same files finished
     shares = share([file for _, file in waiting], ranks.size)
     names = {file.name for file in shares[ranks.rank]}
     ours = [item for item in waiting if item[1].name in names]
     our_bytes = sum(file.size for _, file in ours)
+    run.expect([file for _, file in ours])
     run.on_event(
         Started(done_bytes + our_bytes, done_bytes, done + len(ours), done, tuple(map(tuple, shares)))
     )
     _run_jobs(ours, run, num_workers)
+    if run.outlet:
+        run.outlet.finish()
     ranks.meet(stop)
     if ranks.rank:
         summary = Summary(tuple(receipt for _, receipt in sorted(out.finished.items())), 0, 0, done)
@@ -260,28 +300,38 @@ class _Run:
     rules: Rules
     on_event: Callable[[Event], None]
     stop: StopFlag
+    outlet: Outlet | None
 
-    def knowledge(self, stack: contextlib.ExitStack) -> Knowledge | None:
-        """The original, for one worker."""
+    def expect(self, files: list[PlannedFile]) -> None:
+        """Say which shards these files will need, and how often."""
+        uses = Counter(name for file in files for name in file.shards_read(self.checkpoint))
+        self.checkpoint.expect(uses)
+        original = self.plan.original
+        if original and original.survey:
+            uses = Counter(name for file in files for name in original.shards_read(file))
+            original.survey.checkpoint.expect(uses)
+
+    def released(self, stack: contextlib.ExitStack, file: PlannedFile) -> Reader | None:
+        """Reads the release, for one worker."""
+        original = self.plan.original
+        if original is None or original.survey is None:
+            return None
+        return stack.enter_context(original.survey.checkpoint.reader(original.shards_read(file)))
+
+    def knowledge(self, released: Reader | None) -> Knowledge | None:
+        """What the original says, for one worker."""
         original = self.plan.original
         if original is None:
             return None
         if original.sidecar:
             return SidecarKnowledge(original.sidecar)
-        assert original.survey is not None
-        return SourceKnowledge(original.survey, stack.enter_context(original.survey.checkpoint.reader()))
-
-    def released(self, stack: contextlib.ExitStack) -> Reader | None:
-        """Reads tensors that the source lacks, for one worker."""
-        original = self.plan.original
-        if original is None or original.survey is None:
-            return None
-        return stack.enter_context(original.survey.checkpoint.reader())
+        assert original.survey is not None and released is not None
+        return SourceKnowledge(original.survey, released)
 
 
 def _rules(plan: Plan, checkpoint: Checkpoint, accept_changes: bool) -> Rules:
     options = plan.options
-    manifest = read_manifest(checkpoint.directory, follow_links=checkpoint.follow_links)
+    manifest = manifest_of(checkpoint)
     return Rules(
         allow_nan=options.allow_nan,
         allow_lossy=options.allow_lossy,
@@ -289,6 +339,26 @@ def _rules(plan: Plan, checkpoint: Checkpoint, accept_changes: bool) -> Rules:
         float_scales=formats.QUANTS[RELEASES[plan.release].storage][Kind.DENSE].scale == "F32",
         is_vouched=manifest is not None and not manifest.is_of_a_model and not accept_changes,
     )
+
+
+def _require_space(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    path: str,
+    files: Sequence[PlannedFile],
+    done_bytes: int,
+    outlet: Outlet | None,
+) -> None:
+    """For what is still to be written, and what is brought here to make these files. raises NoSpace"""
+    shards = plan.shard_bytes - done_bytes
+    if outlet:
+        shards = min(shards, outlet.limit)
+    scratch = checkpoint.scratch_bytes(name for file in files for name in file.shards_read(checkpoint))
+    original = plan.original
+    if original and original.survey:
+        names = (name for file in files for name in original.shards_read(file))
+        scratch += original.survey.checkpoint.scratch_bytes(names)
+    outdir.require_space(path, shards + plan.total_bytes - plan.shard_bytes + scratch)
 
 
 def _finished_bytes(path: str, plan: Plan) -> int:
@@ -340,10 +410,10 @@ def _write_sidecar(run: _Run) -> None:
     if SIDECAR_NAME in out.finished:
         return
     if plan.carries_sidecar:
-        with run.checkpoint.opened(SIDECAR_NAME) as fd:
-            size = os.fstat(fd).st_size
-            with out.new_file(SIDECAR_NAME, size) as sink:
-                sidecar.copy_section(fd, sidecar.Section(SIDECAR_NAME, size, None), sink.write)
+        size = run.checkpoint.size_of(SIDECAR_NAME) or 0
+        with out.new_file(SIDECAR_NAME, size) as sink:
+            for piece in run.checkpoint.chunks(SIDECAR_NAME):
+                sink.write(piece)
     if plan.remembered is None:
         return
     sections = sidecar.fixed_sections(plan.remembered)
@@ -363,7 +433,7 @@ def _write_sidecar(run: _Run) -> None:
                 sidecar.copy_section(fd, section, sink.write)
 
 
-def _already_complete(plan: Plan, checkpoint: Checkpoint, path: str) -> Summary | None:
+def _already_complete(plan: Plan, checkpoint: Checkpoint, path: str, outlet: Outlet | None) -> Summary | None:
     """The summary of a finished output of the same plan and source, tidied up; None if there is work to do."""
     if not probe.is_directory(path):
         return None
@@ -375,17 +445,19 @@ def _already_complete(plan: Plan, checkpoint: Checkpoint, path: str) -> Summary 
     planned |= {(name, size) for name, size, _ in plan.copied}
     if {(file.name, file.size) for file in found.files if file.name not in OUR_NAMES} != planned:
         return None
-    if any(contained.size_of(path, file.name, follow_links=False) != file.size for file in found.files):
-        return None
-    for name, sampled in found.samples.items():
-        if checkpoint.sample_sha256(name) != sampled:
+    files = tuple(Receipt(*file, {}) for file in found.files)
+    for receipt in files:
+        is_here = contained.size_of(path, receipt.name, follow_links=False) == receipt.size
+        if not is_here and not (outlet and outlet.has(receipt)):
+            return None
+    for name, proof in found.proofs.items():
+        if checkpoint.proof(name) != proof:
             raise ForeignOutput(
                 "this directory was made from another source with the same headers",
                 file=name,
                 do="choose a new directory",
             )
     outdir.remove_leftovers(path)
-    files = tuple(Receipt(*file, {}) for file in found.files)
     return Summary(files, found.num_inexact, found.num_not_finite, len(plan.files), was_complete=True)
 
 
@@ -408,7 +480,10 @@ def _run_jobs(files: list[tuple[int, PlannedFile]], run: _Run, num_workers: int)
 
 def _write_shard(file: PlannedFile, number: int, run: _Run) -> Receipt:
     with contextlib.ExitStack() as stack:
-        reader = stack.enter_context(run.checkpoint.reader())
+        if run.outlet:
+            run.outlet.make_room(file.size)
+        reader = stack.enter_context(run.checkpoint.reader(file.shards_read(run.checkpoint)))
+        released = run.released(stack, file)
         part = None
         if run.plan.remembered is not None:
             part = PartWriter(stack.enter_context(run.out.new_part(_part_name(number))))
@@ -423,8 +498,8 @@ def _write_shard(file: PlannedFile, number: int, run: _Run) -> Receipt:
                 on_bytes=lambda count: run.on_event(Wrote(count)),
                 stop=run.stop,
                 part=part,
-                knowledge=run.knowledge(stack),
-                released=run.released(stack),
+                knowledge=run.knowledge(released),
+                released=released,
             )
             worker = Worker(desk)
             for tensor in file.tensors:
@@ -442,7 +517,10 @@ def _write_shard(file: PlannedFile, number: int, run: _Run) -> Receipt:
             if part is not None:
                 sink.notes["part_sha256"] = part.finish()
             stack.close()  # before the shard is there: its part must be, and whatever was read be unchanged
-    return run.out.finished[file.name]
+    receipt = run.out.finished[file.name]
+    if run.outlet:
+        run.outlet.take(receipt)
+    return receipt
 
 
 def _part_name(number: int) -> str:
@@ -507,12 +585,13 @@ def _manifest(plan: Plan, checkpoint: Checkpoint, summary: Summary) -> dict[str,
         "plan_sha256": plan.sha256,
         "release": plan.release,
         "options": plan.describe_options(),
+        **{f"source_{key}": text for key, text in checkpoint.origin.items()},
         "source": [
             {
                 "file": name,
                 "size": size,
                 "header_sha256": sha256,
-                "sample_sha256": checkpoint.sample_sha256(name),
+                **checkpoint.proof(name),
             }
             for name, size, sha256 in plan.source
         ],

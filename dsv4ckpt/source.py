@@ -13,13 +13,13 @@ import hashlib
 import mmap
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 from . import config as configs
 from . import formats, probe, shard, strictjson
-from .contained import io_errors, open_direct, open_regular, opened
+from .contained import io_errors, open_direct, open_regular, opened, size_of
 from .errors import (
     LEAVE_SOURCE_ALONE,
     BadConfig,
@@ -38,8 +38,10 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 _MAX_DEPTH, _MAX_PROBLEMS = 8, 1000
 _INDEX_LIMITS = strictjson.Limits(objects=1000, lists=1000, commas=formats.MAX_TENSORS + 1000)
 _PAGE = 4096  # direct reads begin and end at multiples of it, in the file and in memory
+_PIECE = 4 * 1024 * 1024
 _DIRECT_BYTES = 256 * 1024  # smaller reads gain nothing
 _ONE_REVISION = "download the index and all shards of one revision again"
+PROOFS = ("sample_sha256", "sha256", "git_blob")  # what a proof may be called
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 1024  # of a shard, to tell revisions with equal headers apart
 _CODE_DIRECTORIES = ("encoding", "inference")
 _CARRIED_SUFFIXES = (".json", ".txt", ".md", ".jinja", ".model", ".tiktoken", ".pdf", ".yaml", ".yml")
@@ -60,6 +62,14 @@ class Shard:
 
     name: str
     header: Header
+    stamp: Stamp
+
+
+class Place(NamedTuple):
+    """A file of this machine that holds a shard."""
+
+    directory: str
+    name: str
     stamp: Stamp
 
 
@@ -118,29 +128,61 @@ class Checkpoint:
         """Whether its shards are safetensors files, as those of a release are."""
         return True
 
+    def place(self, shard: str) -> Place:
+        """Where a shard lies, and what it must be there."""
+        return Place(self.directory, shard, self.shards[shard].stamp)
+
     @property
-    def shard_directory(self) -> str:
-        """Where the shards stand."""
+    def small_directory(self) -> str:
+        """A directory of this machine with config.json, tokenizer and what else is small."""
         return self.directory
 
     @property
     def has_sidecar(self) -> bool:
         """Whether the conversion that made it left a round-trip sidecar in it."""
-        return probe.is_there(os.path.join(self.directory, SIDECAR_NAME))
+        return self.size_of(SIDECAR_NAME) is not None
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """What a manifest says of where it came from, beside its files: nothing that names a machine."""
+        return {}
+
+    def expect(self, uses: Mapping[str, int]) -> None:
+        """Be told how often each shard will be read as a whole from now on."""
+
+    def scratch_bytes(self, shards: Iterable[str]) -> int:  # noqa: ARG002 - they are here
+        """Room that reading these shards takes on this machine's disk."""
+        return 0
 
     def require_sound(self) -> None:
         """raises BadIndex for the first disagreement between index and headers"""
         if self.problems:
             raise self.problems[0]
 
-    def opened(self, name: str) -> contextlib.AbstractContextManager[int]:
-        """A file of the checkpoint, open for reading. raises UnsafePath, Environment"""
-        return opened(self.directory, name, self.follow_links)
-
     def read_small(self, name: str) -> bytes:
         """The bytes of a small file. raises UnsafePath, Environment, SourceChanged"""
         with opened(self.directory, name, self.follow_links) as fd:
             return shard.read_exactly(fd, os.fstat(fd).st_size, 0, name)
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The bytes of a file of any size, a few megabytes at a time. raises UnsafePath, Environment, SourceChanged"""
+        with opened(self.directory, name, self.follow_links) as fd:
+            size = os.fstat(fd).st_size
+            for offset in range(0, size, _PIECE):
+                yield shard.read_exactly(fd, min(_PIECE, size - offset), offset, name)
+
+    def size_of(self, name: str) -> int | None:
+        """Size of a file; None if it is not there. raises UnsafePath, Environment"""
+        return size_of(self.directory, name, self.follow_links)
+
+    def published_sha256(self, name: str) -> str | None:  # noqa: ARG002
+        """Of a file's bytes, where somebody publishes it; None: nobody, or only another kind of id."""
+        return None
+
+    def names(self) -> list[str]:
+        """What lies at the top of it, sorted. raises Environment"""
+        with io_errors("."):
+            return sorted(os.listdir(self.directory))
 
     def header_bytes(self, name: str) -> bytes:
         """The header of a shard as it stands, its length field included. raises SourceChanged, Environment"""
@@ -163,20 +205,27 @@ class Checkpoint:
         Two revisions of a release have equal headers: this tells them apart at the cost of a few reads. Equal samples
         are evidence, not proof.  raises SourceChanged, UnsafePath, Environment
         """
-        item = self.shards[name]
+        item, place = self.shards[name], self.place(name)
         begin, size = item.header.data_start, item.stamp.size - item.header.data_start
         digest = hashlib.sha256()
-        with opened(self.shard_directory, name, self.follow_links) as fd:
-            _require_same(item, os.fstat(fd))
+        with opened(place.directory, place.name, self.follow_links) as fd:
+            _require_same(name, place, os.fstat(fd))
             for number in range(_NUM_SAMPLES):
                 offset = max(0, size - _SAMPLE_BYTES) * number // (_NUM_SAMPLES - 1)
                 piece = min(_SAMPLE_BYTES, size)
                 digest.update(shard.read_exactly(fd, piece, begin + offset, name))
         return digest.hexdigest()
 
+    def proof(self, name: str) -> dict[str, str]:
+        """What a manifest says of a shard's data, to tell it from others with the same header."""
+        return {"sample_sha256": self.sample_sha256(name)}
+
     @contextlib.contextmanager
-    def reader(self) -> Iterator[Reader]:
-        """Positioned reads from the shards; files are opened at first use and closed together."""
+    def reader(self, whole: Collection[str] = ()) -> Iterator[Reader]:  # noqa: ARG002 - all is here
+        """Positioned reads from the shards; files are opened at first use and closed together.
+
+        whole   shards of which most will be read: what lies elsewhere is brought here first, and its bytes are proven
+        """
         reader = Reader(self)
         try:
             yield reader
@@ -260,7 +309,7 @@ class Reader:
         for name, fd in (*self._fds.items(), *self._direct_fds.items()):
             if fd is not None:
                 with io_errors(name):
-                    _require_same(self._checkpoint.shards[name], os.fstat(fd))
+                    _require_same(name, self._checkpoint.place(name), os.fstat(fd))
 
     def close(self) -> None:
         for fd in (*self._fds.values(), *self._direct_fds.values()):
@@ -271,19 +320,21 @@ class Reader:
 
     def _direct_fd(self, name: str) -> int | None:
         if name not in self._direct_fds:
-            fd = open_direct(self._checkpoint.shard_directory, name, self._checkpoint.follow_links)
+            place = self._checkpoint.place(name)
+            fd = open_direct(place.directory, place.name, self._checkpoint.follow_links)
             self._direct_fds[name] = fd
             if fd is not None:
-                _require_same(self._checkpoint.shards[name], os.fstat(fd))
+                _require_same(name, place, os.fstat(fd))
         return self._direct_fds[name]
 
     def _fd(self, name: str) -> int:
         fd = self._fds.get(name)
         if fd is None:
+            place = self._checkpoint.place(name)
             with io_errors(name):
-                fd = open_regular(self._checkpoint.shard_directory, name, self._checkpoint.follow_links)
+                fd = open_regular(place.directory, place.name, self._checkpoint.follow_links)
             self._fds[name] = fd
-            _require_same(self._checkpoint.shards[name], os.fstat(fd))
+            _require_same(name, place, os.fstat(fd))
         return fd
 
 
@@ -293,17 +344,11 @@ def is_dcp(path: str) -> bool:
 
 
 def open_checkpoint(path: str, *, follow_links: bool = False) -> Checkpoint:
-    """Read index, headers and config of a directory or a single safetensors file.
+    """Read index, headers and config of a directory of this machine, or of a single safetensors file.
 
     raises  MissingFile, UnsafePath, BadIndex, BadHeader, Environment.  Disagreements between index and headers are
             kept in `problems`, so that they can be listed; call require_sound before relying on the tensors.
     """
-    if path.startswith("hf://"):
-        raise MissingFile(
-            "this version reads local files only",
-            found=path[:200],
-            do="download it first: hf download ORG/NAME --local-dir DIR",
-        )
     if probe.is_directory(path):
         return _open_directory(path, follow_links)
     if probe.leads_somewhere(path):
@@ -316,7 +361,7 @@ def open_checkpoint(path: str, *, follow_links: bool = False) -> Checkpoint:
             )
         directory, name = os.path.split(os.path.abspath(path))
         checkpoint = Checkpoint(directory, follow_links, None)
-        _add_shard(checkpoint, name)
+        _add_shard(checkpoint, _read_header(checkpoint, name))
         return checkpoint
     raise MissingFile("there is no such file or directory", found=repr(path), do="check the spelling of SRC")
 
@@ -327,12 +372,30 @@ def read_config(directory: str, follow_links: bool) -> bytes | None:
 
 
 def _open_directory(path: str, follow_links: bool) -> Checkpoint:
-    with io_errors(path):
-        present = sorted(os.listdir(path))
-    config_bytes = read_config(path, follow_links)
-    checkpoint = Checkpoint(path, follow_links, config_bytes)
-    in_directory = [name for name in present if name.endswith(".safetensors")]
+    checkpoint = Checkpoint(path, follow_links, read_config(path, follow_links))
     index = _read_optional(path, INDEX_NAME, formats.MAX_INDEX_BYTES, follow_links)
+    put_together(
+        checkpoint,
+        checkpoint.names(),
+        index,
+        lambda wanted: (_read_header(checkpoint, name) for name in wanted),
+    )
+    return checkpoint
+
+
+def put_together(
+    checkpoint: Checkpoint,
+    present: Sequence[str],
+    index: bytes | None,
+    headers_of: Callable[[Sequence[str]], Iterable[Shard]],
+) -> None:
+    """Fill a checkpoint with the shards that its index names, or with the only one.
+
+    present     names at the top of it
+    headers_of  the shards of these names, in this order
+    raises      MissingFile, UnsafePath, BadIndex, and what headers_of raises
+    """
+    in_directory = [name for name in present if name.endswith(".safetensors")]
     if index is not None:
         checkpoint.has_index = True
         weight_map, checkpoint.index_total = _parse_index(index)
@@ -360,11 +423,10 @@ def _open_directory(path: str, follow_links: bool) -> Checkpoint:
             expected=", ".join(absent[:3]) + (", ..." if len(absent) > 3 else ""),
             do="finish the download",
         )
-    for name in wanted:
-        _add_shard(checkpoint, name)
+    for item in headers_of(wanted):
+        _add_shard(checkpoint, item)
     if checkpoint.has_index:
         _compare_with_index(checkpoint, weight_map, sorted(set(in_directory) - set(wanted)))
-    return checkpoint
 
 
 def _read_optional(directory: str, name: str, most: int, follow_links: bool) -> bytes | None:
@@ -372,16 +434,21 @@ def _read_optional(directory: str, name: str, most: int, follow_links: bool) -> 
         return None
     with opened(directory, name, follow_links) as fd:
         size = os.fstat(fd).st_size
-        if size > most:
-            kind = BadConfig if name == CONFIG_NAME else BadIndex
-            raise kind(
-                f"{name} is too large",
-                file=name,
-                expected=f"at most {most:,} bytes",
-                found=f"{size:,} bytes",
-                do="take the one that was published with these shards",
-            )
+        require_modest(name, size, most)
         return shard.read_exactly(fd, size, 0, name)
+
+
+def require_modest(name: str, size: int, most: int) -> None:
+    """raises BadConfig, BadIndex"""
+    if size > most:
+        kind = BadConfig if name == CONFIG_NAME else BadIndex
+        raise kind(
+            f"{name} is too large",
+            file=name,
+            expected=f"at most {most:,} bytes",
+            found=f"{size:,} bytes",
+            do="take the one that was published with these shards",
+        )
 
 
 def _parse_index(data: bytes) -> tuple[dict[str, str], int | None]:
@@ -410,17 +477,20 @@ def _parse_index(data: bytes) -> tuple[dict[str, str], int | None]:
     return weight_map, total if type(total) is int else None
 
 
-def _add_shard(checkpoint: Checkpoint, name: str) -> None:
+def _read_header(checkpoint: Checkpoint, name: str) -> Shard:
     with opened(checkpoint.directory, name, checkpoint.follow_links) as fd:
-        header = shard.read_header(fd, name)
-        checkpoint.shards[name] = Shard(name, header, stamp(os.fstat(fd)))
-    for tensor, entry in header.entries.items():
-        first = checkpoint.tensors.setdefault(tensor, Location(name, entry))
-        if first.shard != name:
+        return Shard(name, shard.read_header(fd, name), stamp(os.fstat(fd)))
+
+
+def _add_shard(checkpoint: Checkpoint, item: Shard) -> None:
+    checkpoint.shards[item.name] = item
+    for tensor, entry in item.header.entries.items():
+        first = checkpoint.tensors.setdefault(tensor, Location(item.name, entry))
+        if first.shard != item.name:
             checkpoint.problems.append(
                 BadIndex(
                     f"tensor {tensor!r} stands in two shards",
-                    file=name,
+                    file=item.name,
                     found=f"also in {first.shard}",
                     do="remove the shard that belongs to another split",
                 )
@@ -473,12 +543,12 @@ def _errors_of(tensor: str, file: str) -> Iterator[None]:
         raise type(error)(f"tensor {tensor!r}: {error.what}", **error.facts) from None
 
 
-def _require_same(planned: Shard, status: os.stat_result) -> None:
-    if stamp(status) != planned.stamp:
+def _require_same(shard_name: str, place: Place, status: os.stat_result) -> None:
+    if stamp(status) != place.stamp:
         raise SourceChanged(
             "this file changed while the command ran",
-            file=planned.name,
-            expected=f"{planned.stamp.size:,} bytes, unmodified",
+            file=shard_name,
+            expected=f"{place.stamp.size:,} bytes, unmodified",
             found=f"{status.st_size:,} bytes, modified",
             do=LEAVE_SOURCE_ALONE,
         )
@@ -495,28 +565,47 @@ def _list_small(directory: str, below: str, follow_links: bool) -> Iterator[Smal
             yield SmallFile(os.path.join(below, printable(entry)), 0, "an unprintable name")
             continue
         name = os.path.join(below, entry) if below else entry
-        if entry.endswith(".safetensors") or name in (CONFIG_NAME, INDEX_NAME, *OUR_NAMES):
+        if is_of_the_format(name):
             continue
         path = os.path.join(directory, name)
         if probe.is_real_directory(path):
-            if name.count(os.sep) >= _MAX_DEPTH:
-                yield SmallFile(name + os.sep, 0, "too deep")
-            elif (name if not below else below.partition(os.sep)[0]) in _CODE_DIRECTORIES:
-                yield from _list_small(directory, name, follow_links)
+            left = why_directory_left(name)
+            if left:
+                yield SmallFile(name + os.sep, 0, left)
             else:
-                yield SmallFile(name + os.sep, 0, "a directory that releases do not have")
+                yield from _list_small(directory, name, follow_links)
             continue
-        left = _why_left(name)
+        left = why_left(name)
         if left:
             yield SmallFile(name, 0, left)
             continue
         with opened(directory, name, follow_links) as fd:
             size = os.fstat(fd).st_size
-        too_large = size > formats.MAX_SMALL_FILE_BYTES
-        yield SmallFile(name, size, "larger than 64 MiB" if too_large else None)
+        yield small_file(name, size)
 
 
-def _why_left(name: str) -> str | None:
+def small_file(name: str, size: int) -> SmallFile:
+    """One that is carried unless it is too large."""
+    too_large = size > formats.MAX_SMALL_FILE_BYTES
+    return SmallFile(name, size, "larger than 64 MiB" if too_large else None)
+
+
+def is_of_the_format(name: str) -> bool:
+    """Shards, config and index, which are read; and what a conversion makes anew."""
+    return name.endswith(".safetensors") or name in (CONFIG_NAME, INDEX_NAME, *OUR_NAMES)
+
+
+def why_directory_left(name: str) -> str | None:
+    """Why a directory of the checkpoint is not looked into. name: relative, '/' between its parts"""
+    if name.count(os.sep) >= _MAX_DEPTH:
+        return "too deep"
+    if name.partition(os.sep)[0] not in _CODE_DIRECTORIES:
+        return "a directory that releases do not have"
+    return None
+
+
+def why_left(name: str) -> str | None:
+    """Why a file of the checkpoint is not carried; None: nothing in its name speaks against it."""
     base = os.path.basename(name)
     if base.startswith("."):
         return "hidden"

@@ -108,6 +108,12 @@ class Step(NamedTuple):
         grid = formats.scale_shape((self.rows, self.columns), self.target.block)
         return formats.stored_bytes(self.target.scale, grid)
 
+    @property
+    def inputs(self) -> frozenset[str]:
+        """Stored tensors that are read for it: of the release if is_released, else of the source."""
+        others = [name for matrix in self.shared for name in (matrix.source, matrix.scale)]
+        return frozenset(filter(None, (self.source, self.scale, *self.per_tensor, *others)))
+
 
 class PlannedTensor(NamedTuple):
     """One output tensor: its steps' results one after the other. Without steps: scales that ENCODE steps fill."""
@@ -159,6 +165,12 @@ class PlannedFile:
             found[tensor.key] = position
             position += tensor.size
         return found
+
+    def shards_read(self, checkpoint: Checkpoint, *, is_released: bool = False) -> frozenset[str]:
+        """Shards of the source that hold the inputs, or of the release those that come from there."""
+        steps = (step for tensor in self.tensors for step in tensor.steps if step.is_released is is_released)
+        inputs = (name for step in steps for name in step.inputs)
+        return frozenset(checkpoint.tensors[name].shard for name in inputs if name in checkpoint.tensors)
 
     @property
     def in_order(self) -> bool:

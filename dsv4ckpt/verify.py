@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from . import contained, probe, shard
 from .errors import MissingFile, Usage
 from .formats import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, WORK_NAME
-from .manifest import Listed, Manifest, read_manifest
+from .manifest import Listed, Manifest, manifest_of, read_manifest
 from .source import Checkpoint, Landing
 from .stop import StopFlag
 from .survey import survey
@@ -119,13 +119,13 @@ def verify_structure(checkpoint: Checkpoint, *, unit_scales: frozenset[str] = fr
         notes.append(
             f"the index says {checkpoint.index_total:,} bytes of tensors, there are {checkpoint.total_size:,}"
         )
-    manifest = read_manifest(checkpoint.directory, follow_links=checkpoint.follow_links)
+    manifest = manifest_of(checkpoint)
     if manifest is not None:
         problems += _compare_with_manifest(checkpoint, manifest)
         listed = {file.name for file in manifest.files}
         others = [item.name for item in checkpoint.small_files() if not item.left and item.name not in listed]
         notes += [f"the manifest does not list {name!r}" for name in others]
-    elif probe.is_there(os.path.join(checkpoint.directory, WORK_NAME)):
+    elif WORK_NAME in checkpoint.names():
         problems.append(Problem("a conversion into this directory did not finish", file=WORK_NAME))
     identity = found.identity
     return StructureReport(
@@ -143,14 +143,13 @@ def verify_structure(checkpoint: Checkpoint, *, unit_scales: frozenset[str] = fr
 def _compare_with_manifest(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[Problem]:
     listed = {file.name: file for file in manifest.files}
     for name, file in listed.items():
-        size = contained.size_of(checkpoint.directory, name, checkpoint.follow_links)
+        size = checkpoint.size_of(name)
         if size is None:
             yield Problem("a file that the manifest lists is missing", name, f"{file.size:,} bytes")
         elif size != file.size:
             what = "a file has not the size that the manifest says"
             yield Problem(what, name, f"{file.size:,} bytes", f"{size:,} bytes")
-    with contained.io_errors("."):
-        present = [name for name in os.listdir(checkpoint.directory) if name.endswith(".safetensors")]
+    present = [name for name in checkpoint.names() if name.endswith(".safetensors")]
     needed = [CONFIG_NAME, *([INDEX_NAME] if checkpoint.has_index else [])]
     for name in sorted({*present, *checkpoint.shards, *needed} - listed.keys()):
         yield Problem("the manifest does not list this file", name)
@@ -211,15 +210,58 @@ def verify_bytes(
         return BytesReport(tuple(verdicts), len(manifest.files), num_bytes)
 
 
+def verify_published(checkpoint: Checkpoint, *, subset: Subset | None = None) -> BytesReport:
+    """The same of a checkpoint on the Hub, by the ids that it publishes: small files alone are read.
+
+    raises  MissingFile without a manifest, BadManifest, UnsafePath, HubFailed
+    """
+    manifest = manifest_of(checkpoint)
+    if manifest is None:
+        raise _without_manifest()
+    chosen, verdicts = part_of(manifest.files, subset), []
+    for file in chosen:
+        size = checkpoint.size_of(file.name)
+        if size == file.size:
+            found = _sha256(checkpoint, file.name, Watch(ignore, None))
+            verdicts.append(
+                FileVerdict(file.name, "ok" if found == file.sha256 else "differs", file.sha256, found)
+            )
+        else:
+            told = None if size is None else f"{size:,} bytes"
+            verdicts.append(
+                FileVerdict(file.name, "differs" if told else "missing", f"{file.size:,} bytes", told)
+            )
+    return BytesReport(tuple(verdicts), len(manifest.files), sum(file.size for file in chosen))
+
+
+def _sha256(checkpoint: Checkpoint, name: str, watch: Watch) -> str:
+    """As the Hub publishes it, or of the bytes."""
+    published = checkpoint.published_sha256(name)
+    if published:
+        return published
+    digest = hashlib.sha256()
+    for piece in checkpoint.chunks(name):
+        digest.update(piece)
+        watch.read(len(piece))
+    return digest.hexdigest()
+
+
 def _unverifiable(directory: str) -> MissingFile:
     if probe.is_there(os.path.join(directory, WORK_NAME)):
         what, do = (
             "a conversion into this directory did not finish",
             "give the same command again: it continues",
         )
-    else:
-        what, do = "this directory has no manifest", "compare it with its source instead: --level values"
-    return MissingFile(what, expected=MANIFEST_NAME, do=do)
+        return MissingFile(what, expected=MANIFEST_NAME, do=do)
+    return _without_manifest()
+
+
+def _without_manifest() -> MissingFile:
+    return MissingFile(
+        "there is no manifest in it",
+        expected=MANIFEST_NAME,
+        do="compare it with its source instead: --level values",
+    )
 
 
 def _verdict_of_file(directory: str, file: Listed, follow_links: bool, watch: Watch) -> FileVerdict:
@@ -316,25 +358,18 @@ def _state_of_shard(
 
 def _state(a: Checkpoint, b: Checkpoint, name: str, watch: Watch) -> FileState:
     """Read the same file of both, as far as they are equal."""
-    sizes = [contained.size_of(side.directory, name, side.follow_links) for side in (a, b)]
+    sizes = [side.size_of(name) for side in (a, b)]
     if None in sizes:
         return FileState.ONLY_B if sizes[0] is None else FileState.ONLY_A
-    size = sizes[0] or 0
-    if size != sizes[1]:
+    if sizes[0] != sizes[1]:
         return FileState.DIFFERS
-    buffers = bytearray(min(size, _HASH_BYTES)), bytearray(min(size, _HASH_BYTES))
-    with (
-        contained.opened(a.directory, name, a.follow_links) as fd_a,
-        contained.opened(b.directory, name, b.follow_links) as fd_b,
-    ):
-        for offset in range(0, size, _HASH_BYTES):
-            for fd, buffer in zip((fd_a, fd_b), buffers, strict=True):
-                shard.read_into(fd, memoryview(buffer)[: size - offset], offset, name)
-            if (
-                buffers[0] != buffers[1]
-            ):  # what follows a shorter last piece is left from the piece before: equal
-                return FileState.DIFFERS
-            watch.read(2 * min(_HASH_BYTES, size - offset))
+    if a.published_sha256(name) or b.published_sha256(name):
+        same = _sha256(a, name, watch) == _sha256(b, name, watch)
+        return FileState.IDENTICAL if same else FileState.DIFFERS
+    for piece_a, piece_b in zip(a.chunks(name), b.chunks(name), strict=True):
+        if piece_a != piece_b:
+            return FileState.DIFFERS
+        watch.read(2 * len(piece_a))
     return FileState.IDENTICAL
 
 

@@ -128,7 +128,7 @@ def _manifest(plan: AdapterPlan, files: tuple[Receipt, ...]) -> dict[str, Any]:
                 "file": name,
                 "size": shard.stamp.size,
                 "header_sha256": shard.header.sha256,
-                "sample_sha256": checkpoint.sample_sha256(name),
+                **checkpoint.proof(name),
             }
             for name, shard in sorted(checkpoint.shards.items())
         ],

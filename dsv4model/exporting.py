@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -112,8 +112,8 @@ class _Shown(HeldCheckpoint):
         self._trained = trained
 
     @contextlib.contextmanager
-    def reader(self) -> Iterator[Reader]:
-        with self._trained.reading(), super().reader() as reader:
+    def reader(self, whole: Collection[str] = ()) -> Iterator[Reader]:
+        with self._trained.reading(), super().reader(whole) as reader:
             yield reader
 
     def sample_sha256(self, name: str) -> str:

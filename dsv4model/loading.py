@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from dsv4ckpt.errors import NotConform, Usage
 from dsv4ckpt.formats import QUANTS, Kind, Quant, Storage
 from dsv4ckpt.held import same_bytes, twins
+from dsv4ckpt.hub_source import open_checkpoint
 from dsv4ckpt.inventory import Layout, Stored, lay_out
 from dsv4ckpt.names import Namespace
-from dsv4ckpt.source import open_checkpoint
 from dsv4ckpt.survey import Survey
 from dsv4ckpt.survey import survey as survey_of
 from dsv4ckpt.values import Values

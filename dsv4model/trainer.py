@@ -130,7 +130,7 @@ def read_data(made: Recipe, found: Survey, config: Config) -> Data:
             found=f"{part.length:,}",
             do="take shorter rows",
         )
-    tokenizer = None if part.kind is Kind.TOKENS else Tokenizer.open(found.checkpoint.directory)
+    tokenizer = None if part.kind is Kind.TOKENS else Tokenizer.open(found.checkpoint.small_directory)
     seed = made.train.seed if part.shuffle else None
 
     def rows_of(corpus: Corpus) -> Rows:
@@ -138,7 +138,7 @@ def read_data(made: Recipe, found: Survey, config: Config) -> Data:
 
     @functools.cache
     def texts() -> Texts:
-        return trusted.read_texts(found.checkpoint.directory)
+        return trusted.read_texts(found.checkpoint.small_directory)
 
     corpus = read_corpus(part.files, part, tokenizer, config.vocab, texts)
     unseen = read_corpus(part.eval_files, part, tokenizer, config.vocab, texts) if part.eval_files else None

@@ -1,0 +1,95 @@
+"""Checkpoints on the Hub as sources of a verb: which commit is read, and the room on this disk that its shards take.
+
+Knows no verb.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import click
+
+from dsv4ckpt import hub, hub_source, outdir
+from dsv4ckpt.formats import WORK_NAME
+from dsv4ckpt.hub_source import HubCheckpoint
+from dsv4ckpt.plan import Plan
+from dsv4ckpt.source import Checkpoint
+from dsv4ckpt.stop import StopFlag
+
+from .common import place_in_job
+from .progress import Progress
+from .words import Console, Size, human, plural
+
+scratch_limit_option = click.option(
+    "--scratch-limit",
+    type=Size(),
+    default="20GB",
+    show_default=True,
+    metavar="SIZE",
+    help="hf:// as SRC: shards are fetched when they are needed and removed after their last use; so many bytes "
+    "of them are here at a time.",
+)
+
+
+class _Source(NamedTuple):
+    """A checkpoint on the Hub, and which of its shards are read together."""
+
+    kind: str
+    checkpoint: HubCheckpoint
+    groups: tuple[Collection[str], ...]
+
+
+def pinned(src: str, work: str) -> str:
+    """SRC with the commit that an unfinished run in `work` reads, if that is of the same repository."""
+    if not src.startswith(hub.PREFIX):
+        return src
+    address = hub.parse_address(src)
+    name, _, commit = (outdir.pinned_commit(work) or "").partition(" ")
+    return f"{hub.PREFIX}{name}@{commit}" if name == address.name and not address.revision else src
+
+
+def _sources(made: Plan, checkpoint: Checkpoint) -> Iterator[_Source]:
+    if isinstance(checkpoint, HubCheckpoint):
+        yield _Source("source", checkpoint, tuple(file.shards_read(checkpoint) for file in made.files))
+    released = made.original.survey.checkpoint if made.original and made.original.survey else None
+    if made.original and isinstance(released, HubCheckpoint):
+        yield _Source("released", released, tuple(made.original.shards_read(file) for file in made.files))
+
+
+def say_sources(made: Plan, checkpoint: Checkpoint, limit: int, console: Console) -> dict[str, Any]:
+    """What will be fetched; the same for the JSON document."""
+    document = {}
+    for item in _sources(made, checkpoint):
+        needed = frozenset[str]().union(*item.groups)
+        num_bytes = sum(item.checkpoint.files[name].size for name in needed)
+        of = plural(len(item.checkpoint.shards), "shard")
+        console.say(
+            f"  {item.kind:<9} hf://{item.checkpoint.repo.name}, commit {item.checkpoint.repo.revision}"
+        )
+        console.say(
+            f"  fetched   {len(needed):,} of {of}, {human(num_bytes)}, at most {human(limit)} at a time"
+        )
+        document[item.kind] = {**item.checkpoint.origin, "shards": len(needed), "bytes": num_bytes}
+    return {"fetched": document} if document else {}
+
+
+@contextmanager
+def shelves(
+    made: Plan, checkpoint: Checkpoint, work: str, limit: int, stop: StopFlag, progress: Progress
+) -> Iterator[None]:
+    """Room for shards from the Hub in the work directory of `work`. raises Usage if `limit` is too small"""
+    sources = [*_sources(made, checkpoint)]
+    for item in sources:
+        name = f"{outdir.SHELF_PREFIX}{item.kind}.{place_in_job().rank}"
+        hub_source.put_on_shelf(
+            item.checkpoint,
+            os.path.join(work, WORK_NAME, name),
+            limit // len(sources),
+            item.groups,
+            stop,
+            progress.fetched,
+        )
+    yield
