@@ -7,13 +7,25 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from dsv4ckpt import hub_source, original, outdir, paper, plan, scaling, source, strictjson, survey
+from dsv4ckpt import (
+    hub,
+    hub_source,
+    original,
+    outbox,
+    outdir,
+    paper,
+    plan,
+    scaling,
+    source,
+    strictjson,
+    survey,
+)
 from dsv4ckpt import sidecar as sidecars
-from dsv4ckpt.errors import EXIT_OK, Usage
+from dsv4ckpt.errors import EXIT_DIFFERENT, EXIT_OK, Usage
 from dsv4ckpt.formats import MAX_INDEX_BYTES, SIDECAR_NAME, Target
 from dsv4ckpt.hub_source import HubCheckpoint
 from dsv4ckpt.names import Namespace
@@ -21,6 +33,7 @@ from dsv4ckpt.original import Original
 from dsv4ckpt.plan import ConvertOptions, Plan, ScalePolicy
 from dsv4ckpt.stop import StopFlag
 
+from . import relay
 from .common import (
     common_options,
     dry_run_option,
@@ -32,8 +45,11 @@ from .common import (
     workers_option,
 )
 from .progress import Progress
-from .shelves import pinned, say_sources, scratch_limit_option, shelves
+from .shelves import groups_of, pinned, say_sources, scratch_limit_option, shelves
 from .words import Console, LayerList, Size, human, plural, spans, table
+
+if TYPE_CHECKING:
+    from dsv4ckpt import run
 
 _SHOWN = 20  # quantized tensors; --json lists all
 
@@ -119,6 +135,15 @@ def original_options(native: str) -> Callable[[Callable[..., Any]], Callable[...
 )
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, metavar="SIZE")
 @scratch_limit_option
+@click.option(
+    "--work",
+    type=click.Path(),
+    metavar="DIR",
+    help="hf:// as DST: the directory that shards go through; it is removed at the end.  [default: NAME.partial]",
+)
+@click.option(
+    "--private", is_flag=True, help="hf:// as DST: make it a private repository; one that is there must be."
+)
 @workers_option("Shards")
 @dry_run_option
 @click.option(
@@ -158,6 +183,8 @@ def command(
     mtp: str,
     max_shard_size: int,
     scratch_limit: int,
+    work: str | None,
+    private: bool,
     workers: int,
     dry_run: bool,
     bandwidth: int | None,
@@ -173,7 +200,7 @@ def command(
     follow_links: bool,
     console: Console,
 ) -> int:
-    """Convert the checkpoint in SRC into the new directory DST.
+    """Convert the checkpoint SRC into the new directory DST. Either may be on the Hub: hf://owner/name[@revision].
 
     Every value is exact, or the command refuses; F32 and integer tensors stay what they are; nothing is dropped
     unless you say so. A conversion remembers what values do not tell, so that --to native makes the released bytes
@@ -191,6 +218,8 @@ def command(
       dsv4 convert DeepSeek-V4-Flash out --to bf16 --names transformers
       dsv4 convert DeepSeek-V4-Flash tiny --to bf16 --layers 0-3 --mtp drop
       torchrun --nproc-per-node 4 -m dsv4cli convert DeepSeek-V4-Pro bf16 --to bf16
+      dsv4 convert hf://deepseek-ai/DeepSeek-V4-Flash small --to bf16 --layers 0-3 --mtp drop
+      dsv4 convert hf://deepseek-ai/DeepSeek-V4-Flash hf://me/flash-bf16 --to bf16 --scratch-limit 30GB
       dsv4 convert release:pro-base bf16 --to bf16 --dry-run --bandwidth 5GB/s --ranks 64
     """
     options = ConvertOptions(
@@ -216,30 +245,35 @@ def command(
         )
     if os.path.realpath(src) == os.path.realpath(dst):
         raise Usage("DST is SRC: nothing is converted in place", do="name a new directory")
+    goes_to_hub = dst.startswith(hub.PREFIX)
+    if (work or private) and not goes_to_hub:
+        raise Usage("--work and --private go with hf:// as DST", do="leave them out")
+    at = (work or relay.default_work(dst)) if goes_to_hub else dst
     with without_collecting():
         if on_paper:
             checkpoint: source.Checkpoint = paper.on_paper(src.removeprefix(paper.PREFIX))
         else:
-            checkpoint = hub_source.open_checkpoint(pinned(src, dst), follow_links=follow_links)
+            checkpoint = hub_source.open_checkpoint(pinned(src, at), follow_links=follow_links)
         known = None if on_paper else original_of(src, checkpoint, released, sidecar, options, follow_links)
         made = plan.make_plan(survey.survey(checkpoint, unit_scales=options.unit_scales), options, known)
     if dry_run:
         predicted = None
         if bandwidth or num_ranks:
             predicted = scaling.predict(made, num_ranks or 1, workers, bandwidth)
-        more = say_sources(made, checkpoint, scratch_limit, console)
-        return show_plan(made, dst, console, predicted, needs_space=not on_paper, more=more)
+        return show_plan(
+            made,
+            at,
+            console,
+            predicted,
+            needs_space=not on_paper,
+            more=say_sources(made, checkpoint, scratch_limit, console),
+            most=scratch_limit if goes_to_hub else None,
+        )
+    job = Job(made, checkpoint, at, workers, scratch_limit, accept_changes=accept_changes)
+    if goes_to_hub:
+        return to_hub(job, dst, private=private, console=console)
     following = f"dsv4 verify {src} {dst} --level values"
-    return carry_out(
-        made,
-        checkpoint,
-        dst,
-        workers,
-        console,
-        accept_changes=accept_changes,
-        following=following,
-        scratch_limit=scratch_limit,
-    )
+    return carry_out(job, console, following=following)
 
 
 def require_native(target: Target, native: str, released: str | None, sidecar: str | None) -> None:
@@ -301,9 +335,15 @@ def show_plan(
     *,
     needs_space: bool = True,
     more: Mapping[str, Any] = MappingProxyType({}),
+    most: int | None = None,
 ) -> int:
-    """needs_space: DST is where the output will go, and not only a word. more: for the JSON document"""
-    needed, free = outdir.space_needed(made.total_bytes), outdir.free_bytes(dst)
+    """
+    needs_space   DST is where the output will go, and not only a word
+    more          for the JSON document
+    most          bytes of the output that are here at a time; None: all
+    """
+    num_bytes = made.total_bytes if most is None else min(made.total_bytes, most)
+    needed, free = outdir.space_needed(num_bytes), outdir.free_bytes(dst)
     _say_plan(made, console, files=predicted is None)
     console.say(f"  space     {needed:,} bytes needed, {free:,} free")
     if predicted:
@@ -315,7 +355,7 @@ def show_plan(
     document |= {"left": left, "space": {"needed": needed, "free": free}, **more}
     console.document(document | ({"prediction": _prediction_document(predicted)} if predicted else {}))
     if needs_space:
-        outdir.require_space(dst, made.total_bytes)
+        outdir.require_space(dst, num_bytes)
     console.say("nothing was written: this was a dry run")
     return EXIT_OK
 
@@ -394,50 +434,98 @@ def _say_plan(made: Plan, console: Console, *, files: bool) -> None:
         console.say(table(rows))
 
 
+class Job(NamedTuple):
+    """A plan, and how it is carried out. `at`: the directory that is written"""
+
+    made: Plan
+    checkpoint: source.Checkpoint
+    at: str
+    workers: int
+    scratch_limit: int  # bytes that are fetched, and that wait to be sent, at a time
+    verb: str = "convert"
+    accept_changes: bool = False
+
+
 def carry_out(
-    made: Plan,
-    checkpoint: source.Checkpoint,
-    dst: str,
-    workers: int,
-    console: Console,
-    *,
-    following: str,
-    verb: str = "convert",
-    accept_changes: bool = False,
-    more: Mapping[str, Any] = MappingProxyType({}),
-    scratch_limit: int = 0,
+    job: Job, console: Console, *, following: str, more: Mapping[str, Any] = MappingProxyType({})
 ) -> int:
     """Execute a plan, and say what came of it. following: what to do next. more: for the JSON document"""
+    _say_plan(job.made, console, files=console.verbose)
+    say_sources(job.made, job.checkpoint, job.scratch_limit, console)
+    stop = StopFlag()
+    with _progress(job, console) as progress, stopping_on_signals(stop):
+        summary = _executed(job, job.scratch_limit, None, progress, stop)
+    console.document({**_document(job.made, summary, job.at, progress), **more})
+    _say_done(job, summary, job.at, progress, console)
+    console.say(f"next: {following}")
+    return EXIT_OK
+
+
+def to_hub(job: Job, dst: str, *, private: bool, console: Console) -> int:
+    """Execute a plan onto the Hub, shard by shard, and say what came of it."""
+    made, checkpoint = job.made, job.checkpoint
+    relay.require_alone()
+    _say_plan(made, console, files=console.verbose)
+    say_sources(made, checkpoint, job.scratch_limit, console)
+    room = relay.windows(made, groups_of(made, checkpoint), checkpoint, job.scratch_limit)
+    goal = relay.reached(dst, job.at, made, private=private, console=console)
+    if relay.is_complete(goal, made, checkpoint):
+        relay.tidy(job.at)
+        console.document({"repo": goal.repo.name, "revision": goal.repo.revision, "ok": True})
+        console.say(f"{dst} was complete already: nothing to do")
+        return EXIT_OK
+    stop = StopFlag()
+    with _progress(job, console) as progress, stopping_on_signals(stop):
+        with relay.window(goal, room.finished, stop, progress.sent, console) as outlet:
+            summary = _executed(job, room.fetched, outlet, progress, stop)
+        pushed = relay.finish(goal, progress.sent)
+    console.document(
+        {**_document(made, summary, job.at, progress), "directory": dst, **relay.document(pushed, goal)}
+    )
+    _say_done(job, summary, dst, progress, console)
+    relay.say_pushed(pushed, goal, console)
+    if not pushed.ok:
+        console.say("NOT the same", bold=True)
+        return EXIT_DIFFERENT
+    console.say(f"next: dsv4 verify {dst}")
+    return EXIT_OK
+
+
+def _progress(job: Job, console: Console) -> Progress:
+    size = place_in_job().size
+    what = job.verb if size == 1 else f"{job.verb}, rank 0 of {size:,}"
+    return Progress(what, quiet=console.quiet)
+
+
+def _executed(
+    job: Job, fetched_limit: int, outlet: outbox.Outbox | None, progress: Progress, stop: StopFlag
+) -> run.Summary:
+    """Carry out the plan, with progress."""
     from dsv4ckpt import run  # brings torch
 
-    _say_plan(made, console, files=console.verbose)
-    say_sources(made, checkpoint, scratch_limit, console)
-    stop, size = StopFlag(), place_in_job().size
-    what = verb if size == 1 else f"{verb}, rank 0 of {size:,}"
-    with (
-        ranks_of_this_job() as ranks,
-        Progress(what, quiet=console.quiet) as progress,
-        stopping_on_signals(stop),
-        shelves(made, checkpoint, dst, scratch_limit, stop, progress),
-    ):
+    def on_event(event: run.Event) -> None:
+        if isinstance(event, run.Started):
+            progress.start(event.total_bytes, event.done_bytes)
+        elif isinstance(event, run.Wrote):
+            progress.advance(event.num_bytes)
 
-        def on_event(event: run.Event) -> None:
-            if isinstance(event, run.Started):
-                progress.start(event.total_bytes, event.done_bytes)
-            elif isinstance(event, run.Wrote):
-                progress.advance(event.num_bytes)
-
-        summary = run.execute(
-            made,
-            checkpoint,
-            dst,
-            num_workers=workers,
-            accept_changes=accept_changes,
+    shelf = shelves(job.made, job.checkpoint, job.at, fetched_limit, stop, progress)
+    with ranks_of_this_job() as ranks, shelf:
+        return run.execute(
+            job.made,
+            job.checkpoint,
+            job.at,
+            num_workers=job.workers,
+            accept_changes=job.accept_changes,
             on_event=on_event,
             stop=stop,
             ranks=ranks,
+            outlet=outlet,
         )
-    console.document({**_document(made, summary, dst, progress), **more})
+
+
+def _say_done(job: Job, summary: run.Summary, dst: str, progress: Progress, console: Console) -> None:
+    made = job.made
     if summary.was_complete:
         console.say(f"{dst} was complete already: nothing to do")
     else:
@@ -446,6 +534,7 @@ def carry_out(
             if summary.num_resumed
             else ""
         )
+        size = place_in_job().size
         by = "" if size == 1 else f" by each of {size:,} ranks"
         console.say(f"done in {progress.seconds:.1f} s, {human(progress.rate)}/s{by}{kept}")
     if made.original and not summary.was_complete:
@@ -466,8 +555,6 @@ def carry_out(
     if side and made.remembered:
         share = side.size / sum(size for _, size, _ in made.source)
         console.say(f"{SIDECAR_NAME}: {human(side.size)}, {share:.3%} of the source; --to native needs it")
-    console.say(f"next: {following}")
-    return EXIT_OK
 
 
 def _say_losses(losses: tuple[Any, ...], console: Console) -> None:

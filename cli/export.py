@@ -120,17 +120,17 @@ def command(
         more = {"step": checkpoint.step}
         if dry_run:
             return convert.show_plan(made, dst, console, more=more)
-        return convert.carry_out(
+        job = convert.Job(
             made,
             shown,
             dst,
             workers,
-            console,
+            scratch_limit=0,
             verb="export",
-            following=f"dsv4 verify {dst}; dsv4 generate {dst} --text '...'",
             accept_changes=True,  # that is what training is for
-            more=more,
         )
+        following = f"dsv4 verify {dst}; dsv4 generate {dst} --text '...'"
+        return convert.carry_out(job, console, following=following, more=more)
 
 
 def _require_no_merging() -> None:

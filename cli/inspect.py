@@ -28,8 +28,8 @@ _SHOWN = 20  # deviations; --json lists all
 def command(src: str, pattern: str | None, follow_links: bool, console: Console) -> int:
     """Say what SRC is: release, layers, experts, sizes by class, shards, and every deviation from the inventory.
 
-    SRC is a checkpoint's directory, a single safetensors file, or hf://owner/name[@revision]. Reads headers only, of the
-    Hub's files by range requests. Exits with 3 if the checkpoint is broken.
+    SRC is a checkpoint's directory, a single safetensors file, or hf://owner/name[@revision]. Reads headers only, from
+    the Hub by range requests. Exits with 3 if the checkpoint is broken.
 
     \b
     Examples:

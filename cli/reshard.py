@@ -162,18 +162,16 @@ def command(
         following = f"torch.distributed.checkpoint.load(state_dict, checkpoint_id={dst!r})"
     elif found.checkpoint.directory == src or src.startswith(hub.PREFIX):
         following = f"dsv4 verify {src} {dst} --level values"
-    return convert.carry_out(
+    job = convert.Job(
         made,
         found.checkpoint,
         dst,
         workers,
-        console,
+        scratch_limit,
         verb="reshard",
-        following=following,
         accept_changes=True,  # a trainer changes what it saves, and no manifest knows of it
-        more=more,
-        scratch_limit=scratch_limit,
     )
+    return convert.carry_out(job, console, following=following, more=more)
 
 
 def _surveyed(

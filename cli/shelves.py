@@ -30,7 +30,7 @@ scratch_limit_option = click.option(
     show_default=True,
     metavar="SIZE",
     help="hf:// as SRC: shards are fetched when they are needed and removed after their last use; so many bytes "
-    "of them are here at a time.",
+    "of them are here at a time. hf:// as DST: the same of finished shards, and of both together.",
 )
 
 
@@ -57,6 +57,11 @@ def _sources(made: Plan, checkpoint: Checkpoint) -> Iterator[_Source]:
     released = made.original.survey.checkpoint if made.original and made.original.survey else None
     if made.original and isinstance(released, HubCheckpoint):
         yield _Source("released", released, tuple(made.original.shards_read(file) for file in made.files))
+
+
+def groups_of(made: Plan, checkpoint: Checkpoint) -> tuple[Collection[str], ...]:
+    """Shards that are fetched and read together, of all checkpoints that are on the Hub."""
+    return tuple(group for item in _sources(made, checkpoint) for group in item.groups)
 
 
 def say_sources(made: Plan, checkpoint: Checkpoint, limit: int, console: Console) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import click
 
 from dsv4ckpt import compare, oids, survey, verify
 from dsv4ckpt.errors import EXIT_DIFFERENT, EXIT_OK, Usage
-from dsv4ckpt.formats import MANIFEST_NAME
+from dsv4ckpt.formats import CARD_NAME, MANIFEST_NAME
 from dsv4ckpt.hub_source import HubCheckpoint
 from dsv4ckpt.stop import StopFlag
 
@@ -160,9 +160,11 @@ def _one(
                     stop=stop,
                 )
         _say_problems(
-            [_file_words(file) for file in report.files if file.verdict != "ok"],
+            [_file_words(file) for file in report.files if file.verdict not in ("ok", verify.OTHER_CARD)],
             console,
         )
+        if any(file.verdict == verify.OTHER_CARD for file in report.files):
+            console.say(f"  card      {CARD_NAME} is another one than the source's, as a model card may be")
         good = sum(file.verdict == "ok" for file in report.files)
         of = "" if len(report.files) == report.num_listed else f" (of {report.num_listed} listed)"
         files = plural(len(report.files), "file")

@@ -79,7 +79,8 @@ def original_of(
         return original.of_source(source)
     if like.identity.storage is like.identity.release.storage:
         return original.of_source(like)
-    found = sidecar.open_sidecar(like.checkpoint.directory)
+    path = like.checkpoint.sidecar_path
+    found = sidecar.open_sidecar(path) if path else None
     return original.of_sidecar(found) if found else None
 
 

@@ -46,6 +46,7 @@ SIDECAR_NAME = (
     "dsv4.roundtrip"  # a safetensors container; readers in the field glob *.safetensors, so no such ending
 )
 SUMS_NAME = "dsv4.sha256"  # lines as sha256sum writes them, so that anyone can check without us
+CARD_NAME = "README.md"  # on the Hub the model card, which whoever publishes it may write anew
 OUR_NAMES = (MANIFEST_NAME, SIDECAR_NAME, SUMS_NAME)  # beside what a checkpoint has
 MODEL_NAME = "model in memory"  # stands for the source's file where a manifest tells of a saved model
 WORK_NAME = ".dsv4"  # unfinished work in an output directory

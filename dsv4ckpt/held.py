@@ -60,7 +60,7 @@ class HeldCheckpoint(Checkpoint):
     def __init__(self, like: Survey, held: Mapping[str, Held], stamp: str | None = None) -> None:
         """stamp: what tells these values from others, the same for all ranks of a job; None: nothing does"""
         source = like.checkpoint
-        super().__init__(source.directory, source.follow_links, source.config_bytes)
+        super().__init__(source.small_directory, source.follow_links, source.config_bytes)
         self.like, self.held, self._stamp = like, held, stamp
         position, entries = 0, {}
         for name, tensor in held.items():

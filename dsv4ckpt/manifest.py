@@ -48,6 +48,7 @@ class Manifest:
     ]  # where on the Hub the source was: repository and commit; empty if it was not there
     layers: tuple[int, ...] | None  # source layers that were selected; None: all
     dropped: frozenset[str]  # tensors of the source that were left out
+    num_unchanged: int | None  # tensors with the source's bytes; None: it does not say
     num_inexact: int
     num_not_finite: int
     tool: str | None  # told to people only, as it stands there
@@ -111,6 +112,7 @@ def parse_manifest(data: bytes) -> Manifest:
         origin=_origin(document),
         layers=None if layers is None else tuple(layers),
         dropped=frozenset(_field(row, "name", str) for row in _field(document, "dropped", list)),
+        num_unchanged=_field(values, "unchanged_tensors", int) if "unchanged_tensors" in values else None,
         num_inexact=_field(values, "not_exact", int),
         num_not_finite=_field(values, "not_finite", int),
         tool=_text(document, "tool"),

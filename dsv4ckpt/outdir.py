@@ -21,10 +21,10 @@ import secrets
 import shutil
 import socket
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from . import probe
-from .errors import Busy, Dsv4Error, Environment, ForeignOutput, NoSpace, printable
+from .errors import Busy, Dsv4Error, Environment, ForeignOutput, NoSpace, Usage, printable
 from .formats import MANIFEST_NAME, WORK_NAME
 from .sink import FileSink, Receipt, io_errors
 
@@ -401,8 +401,14 @@ def open_outdir(
     plan_sha256    what is to be written; source_sha256: the very files that it is made from
     known          names of all files that will be written
     is_elsewhere   whether a finished file that is not here any more is where it was moved to
-    raises         Busy, ForeignOutput, Environment
+    raises         Usage for a place on the Hub; Busy, ForeignOutput, Environment
     """
+    if path.startswith("hf://"):
+        raise Usage(
+            "this verb writes into a directory of this machine",
+            found=repr(path),
+            do="name one, then dsv4 push it; dsv4 convert can write to hf://owner/name at once",
+        )
     with io_errors("."):
         existed = probe.is_directory(path)
         make_directory(path)
@@ -467,6 +473,25 @@ def remove_leftovers(path: str) -> None:
             pass
         finally:
             out.close()
+
+
+def remove_output(path: str, names: Iterable[str]) -> None:
+    """Remove a finished output whose files are named, and the directory unless others lie in it. raises Environment
+
+    The manifest goes last of all, so that a later run can end what was begun.
+    """
+    remove_leftovers(path)
+    ours = [*names, MANIFEST_NAME]
+    with io_errors("."):
+        for name in ours:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(path, name))
+        folders = {os.path.dirname(name) for name in ours}
+        while parents := {os.path.dirname(folder) for folder in folders} - folders:
+            folders |= parents
+        for folder in sorted(folders, key=len, reverse=True):
+            with contextlib.suppress(OSError):
+                os.rmdir(os.path.join(path, folder))
 
 
 def free_bytes(path: str) -> int:

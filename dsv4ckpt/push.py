@@ -7,16 +7,18 @@ the last commit; an index that is there before is removed by the first one, so t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from . import card, contained, probe, shard, verify
-from .card import CARD_NAME
 from .errors import BadConfig, EditedOutput, MissingFile
 from .formats import (
+    CARD_NAME,
     INDEX_NAME,
     MANIFEST_NAME,
     MAX_METADATA_BYTES,
@@ -110,17 +112,23 @@ def _is_heavy(file: Listed) -> bool:
     return file.name.endswith(".safetensors") or file.name == SIDECAR_NAME
 
 
-def plan_push(directory: str, repo: str, card_path: str | None = None) -> PushPlan:
+def plan_push(
+    directory: str,
+    repo: str,
+    card_path: str | None = None,
+    present: Mapping[str, Remote] = MappingProxyType({}),
+) -> PushPlan:
     """Look at a directory: its manifest, the size of every file, and what else lies there.
 
     card_path  a model card to take instead of the directory's README.md
+    present    what the Hub has already: shards that are there need not be here
     raises     MissingFile, BadManifest, UnsafePath, EditedOutput, BadConfig for a card that is no text, Environment
     """
     manifest = read_manifest(directory) if probe.is_directory(directory) else None
     if manifest is None:
         raise _unfinished(directory)
     for file in manifest.files:
-        if file.name != CARD_NAME:  # anybody may write another one
+        if file.name != CARD_NAME and not is_published(file, present):  # anybody may write another card
             _require_size(directory, file)
     whole = _read(directory, MANIFEST_NAME, MAX_SMALL_FILE_BYTES)
     itself = Listed(MANIFEST_NAME, len(whole), hashlib.sha256(whole).hexdigest())
@@ -174,12 +182,15 @@ def _read(directory: str, name: str, limit: int) -> bytes:
 
 
 def _card(directory: str, manifest: Manifest, repo: str, card_path: str | None) -> tuple[bytes, str]:
-    """The card, and where it is from; empty if it was made here."""
+    """The card, and where it is from; empty if it was made here. That of the source lends its licence only."""
+    carried = next((file for file in manifest.files if file.name == CARD_NAME), None)
     if card_path is not None:
         folder, name = os.path.split(os.path.realpath(card_path))
         data, where = _read(folder, name, MAX_METADATA_BYTES), name
     elif probe.is_there(os.path.join(directory, CARD_NAME)):
         data, where = _read(directory, CARD_NAME, MAX_METADATA_BYTES), f"{CARD_NAME} of the directory"
+        if carried and hashlib.sha256(data).hexdigest() == carried.sha256:
+            return card.card_of(manifest, repo, data.decode(errors="replace")).encode(), ""
     else:
         return card.card_of(manifest, repo).encode(), ""
     try:
@@ -221,32 +232,53 @@ def push(plan: PushPlan, repo: WritableRepo, on_event: OnEvent = lambda event: N
             sent[name] = sizes[name]
             on_event(Sent(sizes[name]))
 
-    for group in (*plan.groups, plan.last):
-        is_last = group == plan.last
+    for group in plan.groups:
         before = len(sent)
         _require_bytes(plan.directory, [file for file in group if file not in there])
-
-        def missing(
-            present: Mapping[str, Remote], group: Sequence[Listed] = group, is_last: bool = is_last
-        ) -> tuple[list[Addition], list[str]]:
-            absent = [file for file in group if not _is_there(plan, file, present)]
-            adds = [Addition(file.name, os.path.join(plan.directory, file.name)) for file in absent]
-            if is_last and not kept_card and not _is_card(plan, present):
-                adds.append(Addition(CARD_NAME, plan.card))
-            stale = [INDEX_NAME] if adds and not is_last and INDEX_NAME in present else []
-            return adds, stale
-
-        repo.commit(missing, _message(group, is_last=is_last), on_sent)
+        send_shards(repo, plan.directory, group, on_sent, functools.partial(_is_there, plan))
         if len(sent) > before:
             on_event(Committed(tuple(sent)[before:]))
+    _require_bytes(plan.directory, [file for file in plan.last if file not in there])
+
+    def rest(present: Mapping[str, Remote]) -> tuple[list[Addition], list[str]]:
+        absent = [file for file in plan.last if not _is_there(plan, file, present)]
+        adds = [Addition(file.name, os.path.join(plan.directory, file.name)) for file in absent]
+        if not kept_card and not _is_card(plan, present):
+            adds.append(Addition(CARD_NAME, plan.card))
+        return adds, []
+
+    before = len(sent)
+    repo.commit(rest, "Add index, config and manifest", on_sent)
+    if len(sent) > before:
+        on_event(Committed(tuple(sent)[before:]))
     return _compared(plan, repo.files(), sent, kept_card=kept_card)
 
 
-def _message(group: Sequence[Listed], *, is_last: bool) -> str:
-    if is_last:
-        return "Add index, config and manifest"
+def is_published(file: Listed, present: Mapping[str, Remote]) -> bool:
+    """Whether the Hub has these very bytes under this name, by the id of an LFS file."""
+    remote = present.get(file.name)
+    return remote is not None and (remote.size, remote.sha256) == (file.size, file.sha256)
+
+
+def send_shards(
+    repo: WritableRepo,
+    directory: str,
+    group: Sequence[Listed],
+    on_sent: Callable[[str], None],
+    is_there: Callable[[Listed, Mapping[str, Remote]], bool] = is_published,
+) -> None:
+    """One commit of shards. An index that is there before is removed: it would be seen without its shards.
+
+    raises  HubFailed, Environment
+    """
+
+    def missing(present: Mapping[str, Remote]) -> tuple[list[Addition], list[str]]:
+        absent = [file for file in group if not is_there(file, present)]
+        adds = [Addition(file.name, os.path.join(directory, file.name)) for file in absent]
+        return adds, [INDEX_NAME] if adds and INDEX_NAME in present else []
+
     more = f" and {len(group) - 1} more" if len(group) > 1 else ""
-    return f"Add {group[0].name}{more}"
+    repo.commit(missing, f"Add {group[0].name}{more}", on_sent)
 
 
 def _require_bytes(directory: str, files: Sequence[Listed]) -> None:
@@ -274,7 +306,7 @@ def _is_there(plan: PushPlan, file: Listed, present: Mapping[str, Remote]) -> bo
     if remote is None or remote.size != file.size:
         return False
     if remote.sha256:
-        return remote.sha256 == file.sha256
+        return is_published(file, present)
     _require_bytes(plan.directory, [file])
     return remote.git_blob == _digest(plan.directory, file, _git_blob(file.size))
 

@@ -21,6 +21,7 @@ from . import __version__, contained, formats, outdir, probe, prove, sidecar, st
 from .desk import Desk, Rules
 from .errors import LEAVE_SOURCE_ALONE, Environment, ForeignOutput, SourceChanged, VanishingChange
 from .formats import (
+    CARD_NAME,
     DCP_METADATA_NAME,
     INDEX_NAME,
     MANIFEST_NAME,
@@ -89,6 +90,9 @@ class Outlet(Protocol):
 
     def take(self, receipt: Receipt) -> None:
         """Take a finished shard over: it may vanish from here at any time."""
+
+    def take_up(self, receipt: Receipt) -> None:
+        """The same of one that an earlier run finished, unless it is where it goes."""
 
     def finish(self) -> None:
         """Return when all that was taken is where it goes. raises what went wrong"""
@@ -236,6 +240,11 @@ def _carry_out(run: _Run, ranks: Ranks, num_workers: int) -> Summary:
     run.on_event(
         Started(done_bytes + our_bytes, done_bytes, done + len(ours), done, tuple(map(tuple, shares)))
     )
+    if run.outlet:
+        unfinished = {file.name for _, file in waiting}
+        for file in plan.files:
+            if file.name not in unfinished:
+                run.outlet.take_up(out.finished[file.name])
     _run_jobs(ours, run, num_workers)
     if run.outlet:
         run.outlet.finish()
@@ -546,9 +555,10 @@ def _write_small(plan: Plan, checkpoint: Checkpoint, out: OutDir) -> None:
 
 
 def write_sums(out: OutDir) -> None:
-    """What `sha256sum -c` reads: every file but this one and the manifest."""
+    """What `sha256sum -c` reads: every file but this one, the manifest, and what may be another model card."""
     if SUMS_NAME not in out.finished:
-        lines = (_sum_line(receipt) for _, receipt in sorted(out.finished.items()))
+        listed = (receipt for name, receipt in sorted(out.finished.items()) if name != CARD_NAME)
+        lines = (_sum_line(receipt) for receipt in listed)
         out.publish_bytes(SUMS_NAME, "".join(lines).encode())
 
 

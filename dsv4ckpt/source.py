@@ -143,6 +143,11 @@ class Checkpoint:
         return self.size_of(SIDECAR_NAME) is not None
 
     @property
+    def sidecar_path(self) -> str | None:
+        """Where that sidecar can be read; None: it left none."""
+        return os.path.join(self.directory, SIDECAR_NAME) if self.has_sidecar else None
+
+    @property
     def origin(self) -> dict[str, str]:
         """What a manifest says of where it came from, beside its files: nothing that names a machine."""
         return {}

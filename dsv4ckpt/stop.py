@@ -21,7 +21,11 @@ class StopFlag:
         """One worker failed: the others stop."""
         self._failed.set()
 
+    @property
+    def is_set(self) -> bool:
+        return bool(self.signal_number) or self._failed.is_set()
+
     def check(self) -> None:
         """raises Interrupted"""
-        if self.signal_number or self._failed.is_set():
+        if self.is_set:
             raise Interrupted(self.signal_number)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from . import contained, probe, shard
 from .errors import MissingFile, Usage
-from .formats import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, WORK_NAME
+from .formats import CARD_NAME, CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, WORK_NAME
 from .manifest import Listed, Manifest, manifest_of, read_manifest
 from .source import Checkpoint, Landing
 from .stop import StopFlag
@@ -122,7 +122,7 @@ def verify_structure(checkpoint: Checkpoint, *, unit_scales: frozenset[str] = fr
     manifest = manifest_of(checkpoint)
     if manifest is not None:
         problems += _compare_with_manifest(checkpoint, manifest)
-        listed = {file.name for file in manifest.files}
+        listed = {file.name for file in manifest.files} | {CARD_NAME}
         others = [item.name for item in checkpoint.small_files() if not item.left and item.name not in listed]
         notes += [f"the manifest does not list {name!r}" for name in others]
     elif WORK_NAME in checkpoint.names():
@@ -143,6 +143,8 @@ def verify_structure(checkpoint: Checkpoint, *, unit_scales: frozenset[str] = fr
 def _compare_with_manifest(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[Problem]:
     listed = {file.name: file for file in manifest.files}
     for name, file in listed.items():
+        if name == CARD_NAME:
+            continue
         size = checkpoint.size_of(name)
         if size is None:
             yield Problem("a file that the manifest lists is missing", name, f"{file.size:,} bytes")
@@ -157,9 +159,11 @@ def _compare_with_manifest(checkpoint: Checkpoint, manifest: Manifest) -> Iterat
 
 # ---- bytes
 
+OTHER_CARD = "another card"
+
 
 class FileVerdict(NamedTuple):
-    """What became of a listed file: ok, differs or missing."""
+    """What became of a listed file: ok, differs, missing; `another card`: README.md is a new one, which it may be."""
 
     name: str
     verdict: str
@@ -177,7 +181,7 @@ class BytesReport:
 
     @property
     def ok(self) -> bool:
-        return all(file.verdict == "ok" for file in self.files)
+        return all(file.verdict in ("ok", OTHER_CARD) for file in self.files)
 
     def document(self) -> dict[str, Any]:
         files = [without_none(file._asdict()) for file in self.files]
@@ -221,16 +225,8 @@ def verify_published(checkpoint: Checkpoint, *, subset: Subset | None = None) ->
     chosen, verdicts = part_of(manifest.files, subset), []
     for file in chosen:
         size = checkpoint.size_of(file.name)
-        if size == file.size:
-            found = _sha256(checkpoint, file.name, Watch(ignore, None))
-            verdicts.append(
-                FileVerdict(file.name, "ok" if found == file.sha256 else "differs", file.sha256, found)
-            )
-        else:
-            told = None if size is None else f"{size:,} bytes"
-            verdicts.append(
-                FileVerdict(file.name, "differs" if told else "missing", f"{file.size:,} bytes", told)
-            )
+        found = _sha256(checkpoint, file.name, Watch(ignore, None)) if size == file.size else None
+        verdicts.append(_verdict(file, size, found))
     return BytesReport(tuple(verdicts), len(manifest.files), sum(file.size for file in chosen))
 
 
@@ -268,10 +264,20 @@ def _verdict_of_file(directory: str, file: Listed, follow_links: bool, watch: Wa
     size = contained.size_of(directory, file.name, follow_links)
     if size != file.size:
         watch.read(file.size)
-        found = None if size is None else f"{size:,} bytes"
-        return FileVerdict(file.name, "differs" if found else "missing", f"{file.size:,} bytes", found)
-    found = hash_file(hashlib.sha256(), directory, file.name, size, follow_links, watch)
-    return FileVerdict(file.name, "ok" if found == file.sha256 else "differs", file.sha256, found)
+        return _verdict(file, size, None)
+    return _verdict(file, size, hash_file(hashlib.sha256(), directory, file.name, size, follow_links, watch))
+
+
+def _verdict(file: Listed, size: int | None, sha256: str | None) -> FileVerdict:
+    """sha256: of the bytes; None: the size tells enough"""
+    if sha256 == file.sha256:
+        return FileVerdict(file.name, "ok", file.sha256, sha256)
+    verdict = OTHER_CARD if file.name == CARD_NAME else "missing" if size is None else "differs"
+    if sha256 is None:
+        return FileVerdict(
+            file.name, verdict, f"{file.size:,} bytes", None if size is None else f"{size:,} bytes"
+        )
+    return FileVerdict(file.name, verdict, file.sha256, sha256)
 
 
 # ---- files of two checkpoints

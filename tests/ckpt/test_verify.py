@@ -919,7 +919,7 @@ def test_structure_lists_deviations_and_disagreements_with_the_manifest(out: Pat
     edit(out, lambda tensors: tensors.pop(DENSE), DENSE)
     (out / "LICENSE").unlink()
     (out / "stray.safetensors").write_bytes(next(out.glob("*.safetensors")).read_bytes())
-    (out / "README.md").write_text("mine")
+    (out / "notes.md").write_text("mine")
     edit_manifest(out, lambda m: m["files"].remove(next(f for f in m["files"] if f["file"] == "config.json")))
     report = verify_structure(source.open_checkpoint(str(out)))
     told = {(problem.what, problem.file) for problem in report.problems}
@@ -929,7 +929,7 @@ def test_structure_lists_deviations_and_disagreements_with_the_manifest(out: Pat
     assert ("a file that the manifest lists is missing", "LICENSE") in told
     assert ("the manifest does not list this file", "stray.safetensors") in told
     assert ("the manifest does not list this file", "config.json") in told
-    assert "the manifest does not list 'README.md'" in report.notes and not report.ok
+    assert "the manifest does not list 'notes.md'" in report.notes and not report.ok
 
 
 def test_structure_without_a_config_cannot_be_verified(out: Path) -> None:
