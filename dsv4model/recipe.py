@@ -77,6 +77,10 @@ class ModelPart:
     source: str = key("checkpoint to start from, in any storage format", unit="path")
     dtype: str = key("of weights that are trained: float32, or bfloat16 for the memory", "float32")
     device: str = key("cpu or cuda", "cpu")
+    matmul: str = key(
+        "of float32 products: highest; high (TF32) and medium are faster on a GPU and round more (torch)",
+        "highest",
+    )
     experts: str = key("packed: routed experts and dense matrices stay FP4 and FP8; goes with lora", "dense")
     weights: str = key(
         "a run, or a torch DCP directory, whose weights are taken in place of the source's", "", "path"
@@ -405,6 +409,7 @@ def _require_sound(recipe: Recipe) -> None:
     model, train, data = recipe.model, recipe.train, recipe.data
     _require_one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
     _require_one_of("model.device", model.device, ("cpu", "cuda"))
+    _require_one_of("model.matmul", model.matmul, ("highest", "high", "medium"))
     _require_one_of("model.experts", model.experts, ("dense", "packed"))
     _require_one_of("data.too_long", data.too_long, ("split", "cut", "skip", "refuse"))
     _require_one_of("data.bad_lines", data.bad_lines, ("refuse", "skip"))

@@ -53,6 +53,7 @@ _FREE = frozenset(
         "log",
         "checkpoint",
         "parallel",
+        "model.matmul",
         "optimizer.offload",
         "train.steps",
         "train.micro_rows",
@@ -258,6 +259,10 @@ class Trainer:
 
     def step(self, number: int) -> Step:
         """The optimizer step after `number` others. raises Diverged, with model and optimizers as they were"""
+        with _float32_products(self.recipe.model.matmul):
+            return self._step(number)
+
+    def _step(self, number: int) -> Step:
         train = self.recipe.train
         first = number * train.rows
         batches = [
@@ -472,10 +477,11 @@ class Trainer:
             stop.check()
             batch = rows.batch(number, 1).to(self.device)
             tokens += int((batch.targets != IGNORED).sum())
-            if self._pipeline is None:
-                through(number, None)
-            else:
-                self._pipeline.forward(number, through)
+            with _float32_products(self.recipe.model.matmul):
+                if self._pipeline is None:
+                    through(number, None)
+                else:
+                    self._pipeline.forward(number, through)
         if self._grid is not None and self._pipeline is not None:
             total = float(self._grid.total_over_stages(torch.tensor(total, dtype=torch.float64)))
         return total / max(1, tokens)
@@ -567,6 +573,17 @@ def _newest(run: RunDirectory, made: Recipe, data_sha256: str) -> Checkpoint | N
             do="ask for more steps, or name another train.run",
         )
     return known[-1]
+
+
+@contextlib.contextmanager
+def _float32_products(precision: str) -> Iterator[None]:
+    """Made with that precision meanwhile: to torch it is a setting of the whole process, which others may have made."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # ---- model and learners

@@ -81,7 +81,7 @@ def test_value_of_the_wrong_kind_says_what_it_should_be(change: str) -> None:
     [
         "train.steps=0", "train.rows=-1", "train.micro_rows=3", "data.length=1", "data.files=[]",
         "loss.mtp=-0.1", "optimizer.lr=0", "optimizer.betas=[0.9, 1.0]", "model.dtype=float16",
-        "model.experts=packed", "data.too_long=drop", "checkpoint.keep=0",
+        "model.experts=packed", "model.matmul=tf32", "data.too_long=drop", "checkpoint.keep=0",
     ],
 )  # fmt: skip
 def test_number_that_cannot_be_is_refused(change: str) -> None:

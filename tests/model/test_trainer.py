@@ -318,6 +318,35 @@ def test_loss_that_is_not_finite_stops_and_touches_nothing(make: Make) -> None:
     assert same(weights(run_of(make(run="whole"))[0]), weights(resumed)) == []
 
 
+@pytest.mark.slow
+def test_float32_products_are_as_the_recipe_says_while_it_trains_and_then_as_before(
+    make: Make, data: Path
+) -> None:
+    trainer = Trainer(make("model.matmul=high", "train.steps=1", f'data.eval_files=["{data}"]'))
+    precision, told = torch.get_float32_matmul_precision, dict[str, str]()
+    norm = trainer.model.model.norm
+
+    def tell(_: Any, __: Any, out: torch.Tensor) -> None:
+        told["forward" if out.requires_grad else "evaluated"] = precision()
+
+    norm.register_forward_hook(tell)
+    norm.weight.register_hook(lambda _: told.__setitem__("backward", precision()))
+    torch.set_float32_matmul_precision("medium")  # somebody else's, in the same process
+    try:
+        train(trainer, StopFlag())
+        assert told == {"forward": "high", "backward": "high", "evaluated": "high"}
+        assert precision() == "medium"
+        with torch.no_grad():
+            norm.weight[0] = torch.nan
+        with pytest.raises(Diverged):
+            trainer.step(1)
+        assert precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    _, outcome = run_of(make("model.matmul=highest", "train.steps=2", f'data.eval_files=["{data}"]'))
+    assert outcome is not None and outcome.first_step == 1  # it may change within a run
+
+
 # ---- what does not continue
 
 
