@@ -45,7 +45,7 @@ from .common import (
     workers_option,
 )
 from .progress import Progress
-from .shelves import groups_of, pinned, say_sources, scratch_limit_option, shelves
+from .shelves import least_bytes, pinned, say_sources, scratch_limit_option, shelves
 from .words import Console, LayerList, Size, human, plural, spans, table
 
 if TYPE_CHECKING:
@@ -245,6 +245,7 @@ def command(
         )
     if os.path.realpath(src) == os.path.realpath(dst):
         raise Usage("DST is SRC: nothing is converted in place", do="name a new directory")
+    relay.require_another(src, dst)
     goes_to_hub = dst.startswith(hub.PREFIX)
     if (work or private) and not goes_to_hub:
         raise Usage("--work and --private go with hf:// as DST", do="leave them out")
@@ -253,7 +254,8 @@ def command(
         if on_paper:
             checkpoint: source.Checkpoint = paper.on_paper(src.removeprefix(paper.PREFIX))
         else:
-            checkpoint = hub_source.open_checkpoint(pinned(src, at), follow_links=follow_links)
+            pinned_src = pinned(src, at, waits_there=goes_to_hub)
+            checkpoint = hub_source.open_checkpoint(pinned_src, follow_links=follow_links)
         known = None if on_paper else original_of(src, checkpoint, released, sidecar, options, follow_links)
         made = plan.make_plan(survey.survey(checkpoint, unit_scales=options.unit_scales), options, known)
     if dry_run:
@@ -467,18 +469,20 @@ def to_hub(job: Job, dst: str, *, private: bool, console: Console) -> int:
     relay.require_alone()
     _say_plan(made, console, files=console.verbose)
     say_sources(made, checkpoint, job.scratch_limit, console)
-    room = relay.windows(made, groups_of(made, checkpoint), checkpoint, job.scratch_limit)
-    goal = relay.reached(dst, job.at, made, private=private, console=console)
+    room = relay.windows(made, least_bytes(made, checkpoint), job.scratch_limit)
+    goal = relay.reached(dst, job.at, made, checkpoint, private=private, console=console)
     if relay.is_complete(goal, made, checkpoint):
-        relay.tidy(job.at)
+        relay.tidy(goal, made.sha256)
         console.document({"repo": goal.repo.name, "revision": goal.repo.revision, "ok": True})
         console.say(f"{dst} was complete already: nothing to do")
         return EXIT_OK
+    relay.tidy_lost(goal, made.sha256)
     stop = StopFlag()
-    with _progress(job, console) as progress, stopping_on_signals(stop):
-        with relay.window(goal, room.finished, stop, progress.sent, console) as outlet:
+    with _progress(job, console) as progress:
+        opened = relay.window(goal, room.finished, stop, progress.sent, console)
+        with stopping_on_signals(stop), opened as outlet:
             summary = _executed(job, room.fetched, outlet, progress, stop)
-        pushed = relay.finish(goal, progress.sent)
+        pushed = relay.finish(goal, progress.sent)  # a signal ends that at once
     console.document(
         {**_document(made, summary, job.at, progress), "directory": dst, **relay.document(pushed, goal)}
     )

@@ -17,6 +17,7 @@ from dsv4ckpt.stop import StopFlag
 from . import convert
 from .common import common_options, dry_run_option, place_in_job, stopping_on_signals, workers_option
 from .progress import Progress
+from .shelves import scratch_limit_option
 from .words import Console, Size, human, plural
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ _MERGING = {
     "names",
     "scale_policy",
     "max_shard_size",
+    "scratch_limit",
     "workers",
     "allow_lossy",
 }  # options of merged weights
@@ -58,6 +60,7 @@ _MERGING = {
 )
 @click.option("--adapter", is_flag=True, help="Do not merge: write the adapters alone, in PEFT's format.")
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, metavar="SIZE")
+@scratch_limit_option
 @workers_option("Shards")
 @dry_run_option
 @click.option(
@@ -73,6 +76,7 @@ def command(
     scale_policy: str | None,
     adapter: bool,
     max_shard_size: int,
+    scratch_limit: int,
     workers: int,
     dry_run: bool,
     allow_lossy: bool,
@@ -125,7 +129,7 @@ def command(
             shown,
             dst,
             workers,
-            scratch_limit=0,
+            scratch_limit,
             verb="export",
             accept_changes=True,  # that is what training is for
         )

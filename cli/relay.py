@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from dsv4ckpt import hub, hub_source, outbox, outdir, probe, push, verify
 from dsv4ckpt.card import early_card
 from dsv4ckpt.errors import Usage
+from dsv4ckpt.formats import CARD_NAME
+from dsv4ckpt.hub import Remote
 from dsv4ckpt.hub_source import HubCheckpoint
 from dsv4ckpt.hub_writer import WritableRepo
 from dsv4ckpt.manifest import manifest_of, read_manifest
@@ -17,6 +21,7 @@ from dsv4ckpt.plan import Plan
 from dsv4ckpt.push import Pushed
 from dsv4ckpt.source import Checkpoint
 from dsv4ckpt.stop import StopFlag
+from dsv4ckpt.verify import FileVerdict
 
 from .common import place_in_job
 from .words import Console, human, plural
@@ -50,12 +55,26 @@ def require_alone() -> None:
         )
 
 
-def reached(dst: str, work: str, made: Plan, *, private: bool, console: Console) -> Goal:
+def require_another(src: str, dst: str) -> None:
+    """raises Usage if both are the same branch of the Hub"""
+    if not (src.startswith(hub.PREFIX) and dst.startswith(hub.PREFIX)):
+        return
+    one, other = hub.parse_address(src), hub.parse_address(dst)
+    if (one.name, one.revision or "main") == (other.name, other.revision or "main"):
+        raise Usage("DST is SRC: nothing is converted in place", do="name a new repository, or a new branch")
+
+
+def reached(
+    dst: str, work: str, made: Plan, checkpoint: Checkpoint, *, private: bool, console: Console
+) -> Goal:
     """The repository, made if it is not there, after all that can be refused was. raises Usage, HubFailed"""
     address = hub.parse_address(dst)
     repo = WritableRepo(address.name)
     user = repo.user()
-    repo.require_card(early_card(made.release, made.options.target.value))
+    has_card = any(name == CARD_NAME for name, _, _ in made.copied)
+    source_card = checkpoint.read_small(CARD_NAME).decode(errors="replace") if has_card else ""
+    origin = checkpoint.origin.get("repository")
+    repo.require_card(early_card(made.release, made.options.target.value, origin, source_card))
     was_made = repo.create(private=private)
     repo.require_write()
     if address.revision not in (None, "main"):
@@ -82,14 +101,33 @@ def window(
 ) -> Iterator[Outbox]:
     """Shards leave the work directory for the Hub while the block runs."""
     console.say(f"  by way of {goal.work}, at most {human(limit)} of finished shards at a time")
+    goal.repo.pause = functools.partial(hub_source.pause, stop)
     with outbox.opened(goal.work, goal.repo, limit, stop, on_sent) as made:
         yield made
 
 
+def _lost(goal: Goal, present: Mapping[str, Remote]) -> list[FileVerdict]:
+    """Shards of a finished work directory that are neither there nor, any more, on the Hub."""
+    manifest = read_manifest(goal.work) if probe.is_directory(goal.work) else None
+    lost = []
+    for file in manifest.files if manifest else ():
+        is_here = probe.is_there(os.path.join(goal.work, file.name))
+        if file.name != CARD_NAME and not is_here and not push.is_published(file, present):
+            remote = present.get(file.name)
+            verdict, found = ("differs", remote.sha256 or remote.git_blob) if remote else ("missing", None)
+            lost.append(FileVerdict(file.name, verdict, file.sha256, found))
+    return lost
+
+
 def finish(goal: Goal, on_sent: Callable[[int], None]) -> Pushed:
-    """Send index, config, manifest and card, compare the ids, and remove the work directory if they are right."""
-    name = goal.repo.name
-    plan = push.plan_push(goal.work, name, present=goal.repo.files())
+    """Send index, config, manifest and card, compare the ids, and remove the work directory if they are right.
+
+    If shards on the Hub are not right any more, nothing is sent: no index is seen without its shards.
+    """
+    name, present = goal.repo.name, goal.repo.files()
+    if lost := _lost(goal, present):
+        return Pushed(tuple(lost), (), 0, 0, kept_card=False)
+    plan = push.plan_push(goal.work, name, present=present)
     goal.repo.require_card(plan.card.decode())
 
     def on_event(event: push.Event) -> None:
@@ -98,23 +136,32 @@ def finish(goal: Goal, on_sent: Callable[[int], None]) -> Pushed:
 
     pushed = push.push(plan, goal.repo, on_event)
     if pushed.ok:
-        tidy(goal.work)
+        tidy(goal, plan.plan_sha256)
     return pushed
 
 
-def tidy(work: str) -> None:
-    """Remove what the manifest in the work directory names, and the directory if nothing else is in it."""
-    if probe.is_directory(work) and (found := read_manifest(work)):
-        outdir.remove_output(work, [file.name for file in found.files])
+def tidy(goal: Goal, plan_sha256: str) -> None:
+    """Remove what the plan has made in the work directory, and the directory if nothing else is in it."""
+    if not probe.is_directory(goal.work):
+        return
+    found = read_manifest(goal.work)
+    if found and found.plan_sha256 == plan_sha256:
+        outdir.remove_output(goal.work, [file.name for file in found.files])
+    elif not found and not os.listdir(goal.work):  # killed at the last moment of that
+        os.rmdir(goal.work)
 
 
-def windows(made: Plan, groups: Iterable[Collection[str]], checkpoint: Checkpoint, limit: int) -> Windows:
+def tidy_lost(goal: Goal, plan_sha256: str) -> None:
+    """The same if shards of it are lost, for they can only be made anew."""
+    if _lost(goal, goal.repo.files()):
+        tidy(goal, plan_sha256)
+
+
+def windows(made: Plan, least_in: int, limit: int) -> Windows:
     """Divide the room: half for finished shards, but at least what one needs. raises Usage if it is too small
 
-    groups   shards of the source that are read together, if they are fetched
+    least_in   bytes of shards that are fetched and read together
     """
-    sizes = {name: item.stamp.size for name, item in checkpoint.shards.items()}
-    least_in = max((sum(sizes[name] for name in group) for group in groups), default=0)
     least_out = max(file.size for file in made.files)
     if least_in + least_out > limit:
         raise hub_source.too_small(least_in + least_out, limit)

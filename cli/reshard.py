@@ -16,7 +16,7 @@ from dsv4ckpt.survey import Survey
 
 from . import convert
 from .common import common_options, dry_run_option, follow_links_option, without_collecting, workers_option
-from .shelves import say_sources, scratch_limit_option
+from .shelves import pinned, say_sources, scratch_limit_option
 from .words import Console, Size, plural
 
 _LEAST_CHUNK = 64 * 1024  # smaller chunks are mostly what stands around them
@@ -147,7 +147,7 @@ def command(
         raise Usage("DST is SRC: nothing is written in place", do="name a new directory")
     with without_collecting():
         config_at = like or _config_at(src, released)
-        found, left = _surveyed(src, to, config_at, prefix, allow_lossy, follow_links)
+        found, left = _surveyed(pinned(src, dst), to, config_at, prefix, allow_lossy, follow_links)
         known = convert.original_of(src, found.checkpoint, released, sidecar, options, follow_links)
         made = plan.make_plan(found, options, known)
     if left:

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import click
 
-from dsv4ckpt import hub, hub_source, outdir
+from dsv4ckpt import hub, hub_source, outdir, probe
 from dsv4ckpt.formats import WORK_NAME
 from dsv4ckpt.hub_source import HubCheckpoint
+from dsv4ckpt.manifest import read_manifest
 from dsv4ckpt.plan import Plan
 from dsv4ckpt.source import Checkpoint
 from dsv4ckpt.stop import StopFlag
@@ -41,13 +42,25 @@ class _Source(NamedTuple):
     checkpoint: HubCheckpoint
     groups: tuple[Collection[str], ...]
 
+    @property
+    def least_bytes(self) -> int:
+        """Of the shards that are read together."""
+        files = self.checkpoint.files
+        return max((sum(files[name].size for name in group) for group in self.groups), default=0)
 
-def pinned(src: str, work: str) -> str:
-    """SRC with the commit that an unfinished run in `work` reads, if that is of the same repository."""
+
+def pinned(src: str, work: str, *, waits_there: bool = False) -> str:
+    """SRC with the commit that an unfinished run in `work` reads, if that is of the same repository.
+
+    waits_there   a finished run's output is in `work` until it is sent: it is gone on with as well
+    """
     if not src.startswith(hub.PREFIX):
         return src
     address = hub.parse_address(src)
-    name, _, commit = (outdir.pinned_commit(work) or "").partition(" ")
+    told = outdir.pinned_commit(work)
+    if told is None and waits_there and probe.is_directory(work) and (found := read_manifest(work)):
+        told = " ".join(found.origin.values())
+    name, _, commit = (told or "").partition(" ")
     return f"{hub.PREFIX}{name}@{commit}" if name == address.name and not address.revision else src
 
 
@@ -59,9 +72,10 @@ def _sources(made: Plan, checkpoint: Checkpoint) -> Iterator[_Source]:
         yield _Source("released", released, tuple(made.original.shards_read(file) for file in made.files))
 
 
-def groups_of(made: Plan, checkpoint: Checkpoint) -> tuple[Collection[str], ...]:
-    """Shards that are fetched and read together, of all checkpoints that are on the Hub."""
-    return tuple(group for item in _sources(made, checkpoint) for group in item.groups)
+def least_bytes(made: Plan, checkpoint: Checkpoint) -> int:
+    """Room that `shelves` needs for what is read together: it gives each checkpoint on the Hub the same."""
+    sources = [*_sources(made, checkpoint)]
+    return len(sources) * max((item.least_bytes for item in sources), default=0)
 
 
 def say_sources(made: Plan, checkpoint: Checkpoint, limit: int, console: Console) -> dict[str, Any]:
@@ -87,6 +101,9 @@ def shelves(
 ) -> Iterator[None]:
     """Room for shards from the Hub in the work directory of `work`. raises Usage if `limit` is too small"""
     sources = [*_sources(made, checkpoint)]
+    least = least_bytes(made, checkpoint)
+    if limit < least:
+        raise hub_source.too_small(least, limit)
     for item in sources:
         name = f"{outdir.SHELF_PREFIX}{item.kind}.{place_in_job().rank}"
         hub_source.put_on_shelf(

@@ -50,10 +50,14 @@ def metadata_of(base: str | None, relation: str, target: object, licenses: Seque
     ]
 
 
-def early_card(release: str, target: str) -> str:
-    """What can be said before a conversion: enough for the Hub to accept or refuse."""
-    base = RELEASES[release].repository if release in RELEASES else None
-    return "\n".join([*metadata_of(base, _CONVERTED.relation, target), ""])
+def early_card(release: str, target: str, repository: str | None, source_card: str) -> str:
+    """What can be said before a conversion: enough for the Hub to accept or refuse.
+
+    repository    the source's, if it is on the Hub
+    source_card   as in card_of
+    """
+    base = repository or (RELEASES[release].repository if release in RELEASES else None)
+    return "\n".join([*metadata_of(base, _CONVERTED.relation, target, licenses_of(source_card)), ""])
 
 
 def licenses_of(card: str) -> list[str]:

@@ -10,7 +10,8 @@ import concurrent.futures
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from . import formats
 from .errors import HubFailed
@@ -24,19 +25,23 @@ _NUM_CONNECTIONS = 4  # for each file
 _TIMES = 3  # that a file is brought before it counts as wrong
 
 
+def id_of(remote: Remote) -> str:
+    """What `digest_of` comes to for the right bytes."""
+    return remote.sha256 or remote.git_blob
+
+
+def digest_of(remote: Remote) -> Any:
+    """To be fed with the bytes of a file whose id the Hub tells."""
+    if remote.sha256:
+        return hashlib.sha256()
+    return hashlib.sha1(b"blob %d\0" % remote.size, usedforsecurity=False)
+
+
 def is_of(remote: Remote, data: bytes) -> bool:
     """Whether these are the bytes that the Hub's id tells."""
-    if remote.sha256:
-        return hashlib.sha256(data).hexdigest() == remote.sha256
-    return git_blob(len(data), [data]) == remote.git_blob
-
-
-def git_blob(size: int, pieces: Iterable[bytes]) -> str:
-    """What git calls a file of these bytes."""
-    digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()
+    digest = digest_of(remote)
+    digest.update(data)
+    return bool(digest.hexdigest() == id_of(remote))
 
 
 class Bringer:
@@ -65,7 +70,7 @@ class Bringer:
         raise HubFailed(
             f"a shard arrives {_TIMES} times as something else than the Hub's id of it says",
             file=name,
-            expected=self._files[name].sha256 or self._files[name].git_blob,
+            expected=id_of(self._files[name]),
             do="give the same command again later; if it stays so, ask who published it",
         )
 
@@ -109,22 +114,12 @@ class Bringer:
 
     def _is_proven(self, name: str, part: str) -> bool:
         remote = self._files[name]
-
-        def pieces() -> Iterator[bytes]:
-            with open(part, "rb") as file:
-                while piece := file.read(_CHUNK):
-                    self._stop.check()
-                    yield piece
-
-        with io_errors(name):
-            if os.path.getsize(part) != remote.size:
-                return False
-            if remote.sha256 is None:
-                return git_blob(remote.size, pieces()) == remote.git_blob
-            digest = hashlib.sha256()
-            for piece in pieces():
+        with io_errors(name), open(part, "rb") as file:
+            digest = digest_of(remote)
+            while piece := file.read(_CHUNK):
+                self._stop.check()
                 digest.update(piece)
-            return digest.hexdigest() == remote.sha256
+            return file.tell() == remote.size and digest.hexdigest() == id_of(remote)
 
 
 def _write_at(fd: int, data: bytes, offset: int) -> None:

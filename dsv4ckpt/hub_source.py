@@ -6,24 +6,23 @@ bytes are compared with the ids that the Hub publishes; what is read without a s
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import contextlib
 import functools
 import hashlib
 import os
 import shutil
-import struct
 import tempfile
 import threading
-import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from . import formats, hub, shard, source
-from .errors import HubFailed, Usage
+from . import contained, formats, hub, shard, source
+from .errors import HubFailed, UnsafePath, Usage, printable
 from .formats import CONFIG_NAME, INDEX_NAME, SIDECAR_NAME
 from .hub import Remote, Repo
-from .hub_fetch import Bringer, is_of
+from .hub_fetch import Bringer, digest_of, id_of, is_of
 from .shelf import Shelf
 from .sink import io_errors
 from .source import Checkpoint, Landing, Place, Reader, Shard, SmallFile, Stamp
@@ -32,7 +31,7 @@ from .stop import StopFlag
 _NUM_ASKING = 8  # requests for headers at a time
 _FIRST_BYTES = 256 * 1024  # of a shard: most headers of a release are shorter
 _GIT_ATTRIBUTES = ".gitattributes"  # the Hub's own: no download has to have it
-_LENGTH = struct.Struct("<Q")
+_UNPRINTABLE = "an unprintable name"
 _CHUNK = 4 * 1024 * 1024
 _LOOK_SECONDS = 0.2  # how often somebody who waits looks whether the work is to stop
 _GIT_FILES = (
@@ -70,7 +69,7 @@ def put_on_shelf(
         raise too_small(least, limit)
     bring = Bringer(checkpoint.repo, checkpoint.files, stop, on_bytes)
     checkpoint.shelf = Shelf(path, sizes, limit, bring, stop.check)
-    checkpoint.repo.pause = functools.partial(_pause, stop)
+    checkpoint.repo.pause = functools.partial(pause, stop)
 
 
 def too_small(least: int, limit: int) -> Usage:
@@ -83,7 +82,7 @@ def too_small(least: int, limit: int) -> Usage:
     )
 
 
-def _pause(stop: StopFlag, seconds: float) -> None:
+def pause(stop: StopFlag, seconds: float) -> None:
     """Wait, but not longer than the work goes on."""
     never = threading.Event()
     while seconds > 0:
@@ -120,23 +119,26 @@ class HubCheckpoint(Checkpoint):
         remote = self.files[name]
         data = self.repo.read(name, 0, remote.size)
         if not is_of(remote, data):
-            raise HubFailed("a file is not what the Hub's id of it says", file=name, do=_GIT_FILES)
+            raise _not_its_id(name)
         return data
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        size = self.files[name].size
-        for offset in range(0, size, _CHUNK):
-            yield self.repo.read(name, offset, min(offset + _CHUNK, size))
+        """The last one is followed by HubFailed if they are not what the id says."""
+        remote = self.files[name]
+        digest = digest_of(remote)
+        for offset in range(0, remote.size, _CHUNK):
+            piece = self.repo.read(name, offset, min(offset + _CHUNK, remote.size))
+            digest.update(piece)
+            yield piece
+        if digest.hexdigest() != id_of(remote):
+            raise _not_its_id(name)
 
     def small_files(self) -> list[SmallFile]:
         found = {}
         for name, remote in self.files.items():
             if source.is_of_the_format(name) or name == _GIT_ATTRIBUTES:
                 continue
-            item = _in_left_directory(name)
-            if item is None:
-                left = source.why_left(name)
-                item = SmallFile(name, 0, left) if left else source.small_file(name, remote.size)
+            item = _left(name) or source.small_file(name, remote.size)
             found[item.name] = item
         return sorted(found.values())
 
@@ -162,7 +164,7 @@ class HubCheckpoint(Checkpoint):
         """A directory that goes when the process ends."""
         with io_errors("."):
             directory = tempfile.mkdtemp(prefix="dsv4-")
-        weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
         return directory
 
     def _keep(self, directory: str, name: str, data: bytes) -> None:
@@ -209,6 +211,7 @@ class HubCheckpoint(Checkpoint):
             yield _RangeReader(self, frozenset())
             return
         with self.shelf.holding(whole):
+            self._require_headers(whole)
             reader = _RangeReader(self, frozenset(whole))
             try:
                 yield reader
@@ -216,20 +219,45 @@ class HubCheckpoint(Checkpoint):
             finally:
                 reader.close()
 
+    def _require_headers(self, names: Iterable[str]) -> None:
+        """The plan was made by headers that nothing had proven. raises HubFailed"""
+        for name in names:
+            place, known = self.place(name), self._headers[name]
+            with contained.opened(place.directory, place.name, follow_links=False) as fd:
+                if shard.read_exactly(fd, len(known), 0, name) != known:
+                    raise HubFailed("a header came as something else than it is", file=name, do=_GIT_FILES)
+
     def sample_sha256(self, name: str) -> str:
         """Over its ids: no byte of it need be read."""
         return hashlib.sha256(repr(self.proof(name)).encode()).hexdigest()
 
 
-def _in_left_directory(name: str) -> SmallFile | None:
-    """The outermost directory on the way to a file that is not looked into."""
+def _not_its_id(name: str) -> HubFailed:
+    return HubFailed("a file is not what the Hub's id of it says", file=name, do=_GIT_FILES)
+
+
+def _left(name: str) -> SmallFile | None:
+    """What is left behind of the way to a file, the outermost first: a directory that is not looked into, or itself."""
     parts = name.split("/")
-    for count in range(1, len(parts)):
-        directory = "/".join(parts[:count])
-        left = source.why_directory_left(directory)
+    for count in range(1, len(parts) + 1):
+        path = "/".join(parts[:count])
+        if not parts[count - 1].isprintable():
+            return SmallFile("/".join([*parts[: count - 1], printable(parts[count - 1])]), 0, _UNPRINTABLE)
+        left = source.why_left(path) if count == len(parts) else source.why_directory_left(path)
         if left:
-            return SmallFile(directory + "/", 0, left)
+            return SmallFile(path if count == len(parts) else path + "/", 0, left)
     return None
+
+
+def _require_plain(names: Iterable[str]) -> None:
+    """git keeps no other names; a server might say some all the same. raises UnsafePath"""
+    for name in names:
+        if {"", ".", ".."} & {*name.split("/")} or "\0" in name:
+            raise UnsafePath(
+                "the repository lists something that is no plain relative file name",
+                found=repr(name)[:200],
+                do="do not use this repository",
+            )
 
 
 def open_hub(address: str) -> HubCheckpoint:
@@ -242,6 +270,7 @@ def open_hub(address: str) -> HubCheckpoint:
     repo = Repo(name, revision)
     repo.pin()
     files = repo.files()
+    _require_plain(files)
     checkpoint = HubCheckpoint(repo, files, None)
     checkpoint.config_bytes = _read_optional(checkpoint, CONFIG_NAME, formats.MAX_CONFIG_BYTES)
     index = _read_optional(checkpoint, INDEX_NAME, formats.MAX_INDEX_BYTES)
@@ -266,14 +295,12 @@ def _read_optional(checkpoint: HubCheckpoint, name: str, most: int) -> bytes | N
 
 
 def _header(checkpoint: HubCheckpoint, name: str) -> bytes:
-    """The header of a shard with its length field, or what stands in its place."""
-    size = checkpoint.files[name].size
+    """The header of a shard with its length field. raises UnsafePath, BadHeader, HubFailed"""
+    size = checkpoint.size_of(name)
+    if size is None:
+        raise UnsafePath("this is no regular file", file=name, do="remove it from the checkpoint")
     data = checkpoint.repo.read(name, 0, min(size, _FIRST_BYTES))
-    if len(data) < _LENGTH.size:
-        return data
-    end = _LENGTH.size + _LENGTH.unpack(data[: _LENGTH.size])[0]
-    if end > min(size, _LENGTH.size + formats.MAX_HEADER_BYTES):
-        return data[: _LENGTH.size]
+    end = shard.header_end(data, size, name)
     return data[:end] if end <= len(data) else data + checkpoint.repo.read(name, len(data), end)
 
 

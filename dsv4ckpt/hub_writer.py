@@ -44,9 +44,10 @@ class WritableRepo(Repo):
         answer = self.tried(
             "checking the model card", lambda: self.request("POST", "validate-yaml", body, {400})
         )
-        said = answer.json().get("errors") if answer.status_code == 400 else None
-        if said is not None:
-            found = "; ".join(str(item.get("message")) for item in said)
+        if answer.status_code == 400:
+            said = answer.json()
+            errors = said.get("errors") or [{"message": said.get("error")}]
+            found = "; ".join(str(item.get("message")) for item in errors)
             raise Usage(
                 "the Hub does not accept the model card",
                 file="README.md",

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 
-from .errors import Interrupted
+from .errors import Dsv4Error, HubFailed, Interrupted
 from .hub_writer import WritableRepo
 from .manifest import Listed
 from .push import GROUP_BYTES, GROUP_FILES, is_published, send_shards
@@ -20,6 +20,7 @@ from .sink import Receipt, io_errors
 from .stop import StopFlag
 
 _LOOK_SECONDS = 0.2  # how often somebody who waits looks whether the work is to stop
+_TIMES = 3  # that a group is committed before the Hub's ids of it count as wrong
 
 
 class Outbox:
@@ -36,7 +37,7 @@ class Outbox:
         self._taken = 0  # bytes of shards that are here, or are being made
         self._num_waiting = 0  # for room
         self._is_last = self._is_closed = False  # nothing more will come; nothing more is sent
-        self.sending: concurrent.futures.Future[None] | None = None  # the thread's work
+        self.sending = concurrent.futures.Future[None]()  # the thread's work
 
     @property
     def limit(self) -> int:
@@ -67,10 +68,12 @@ class Outbox:
             self._wait_for(lambda: not self._queue)
 
     def take_up(self, receipt: Receipt) -> None:
-        if not self.has(receipt):
-            with self._changed:
-                self._taken += receipt.size
-            self.take(receipt)
+        if self.has(receipt):  # the run before may have been killed just after the commit
+            self._remove(receipt.name)
+            return
+        with self._changed:
+            self._taken += receipt.size
+        self.take(receipt)
 
     def close(self) -> None:
         """No other group is begun."""
@@ -82,16 +85,24 @@ class Outbox:
         """raises what sending raised, what `stop` raises"""
         while not is_so():
             self._stop.check()
-            if self.sending and self.sending.done():
+            if self.sending.done():
                 self.sending.result()
             self._changed.wait(_LOOK_SECONDS)
 
     # ---- the thread
 
     def send_all(self) -> None:
-        """What the thread does. raises HubFailed, Environment"""
-        while group := self._next_group():
-            self._send(group)
+        """What the thread does; `sending` has what it raised: HubFailed, Environment, what `stop` raises."""
+        try:
+            while group := self._next_group():
+                self._send(group)
+        except Dsv4Error as error:
+            self.sending.set_exception(error)
+        except BaseException as error:  # noqa: BLE001
+            self.sending.set_exception(error)
+            raise SystemExit from None  # the thread ends without a word: who waits has it
+        else:
+            self.sending.set_result(None)
 
     def _next_group(self) -> list[Listed]:
         """What goes into one commit: as much as there is, once it is enough or somebody waits. Empty: all is done."""
@@ -109,15 +120,31 @@ class Outbox:
 
     def _send(self, group: list[Listed]) -> None:
         sizes = {file.name: file.size for file in group}
-        send_shards(self._repo, self._directory, group, lambda name: self._on_sent(sizes[name]))
-        self._present |= self._repo.files()
+        for _ in range(_TIMES):
+            send_shards(self._repo, self._directory, group, lambda name: self._on_sent(sizes[name]))
+            self._present = self._repo.files()
+            wrong = [file for file in group if not is_published(file, self._present)]
+            if not wrong:
+                break
+        else:
+            remote = self._present.get(wrong[0].name)
+            raise HubFailed(
+                "the Hub shows another id for a shard than it was sent with",
+                file=wrong[0].name,
+                expected=wrong[0].sha256,
+                found=(remote.sha256 or remote.git_blob) if remote else "nothing",
+                do="see whether somebody else writes to this branch, then give the same command again",
+            )
         for file in group:
-            with io_errors(file.name):
-                os.unlink(os.path.join(self._directory, file.name))
+            self._remove(file.name)
         with self._changed:
             self._queue = self._queue[len(group) :]
             self._taken -= sum(sizes.values())
             self._changed.notify_all()
+
+    def _remove(self, name: str) -> None:
+        with io_errors(name), contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self._directory, name))
 
 
 def _listed(receipt: Receipt) -> Listed:
@@ -134,14 +161,15 @@ def opened(
     on_sent  told of bytes that the Hub has, from a thread
     """
     outbox = Outbox(directory, repo, limit, stop, on_sent)
-    pool = concurrent.futures.ThreadPoolExecutor(1)
-    outbox.sending = pool.submit(outbox.send_all)
+    # after a signal nobody waits for what is under way, the interpreter neither: the next run asks what has arrived
+    threading.Thread(target=outbox.send_all, daemon=True).start()
+    is_waited_for = True
     try:
         yield outbox
-    except BaseException as error:
-        outbox.close()
-        # after a signal nobody waits for what is under way: the next run asks what has arrived
-        pool.shutdown(wait=not isinstance(error, Interrupted))
+    except Interrupted:
+        is_waited_for = False
         raise
-    outbox.close()
-    pool.shutdown()
+    finally:
+        outbox.close()
+        if is_waited_for:
+            concurrent.futures.wait([outbox.sending])

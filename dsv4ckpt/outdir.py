@@ -21,7 +21,7 @@ import secrets
 import shutil
 import socket
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from . import probe
 from .errors import Busy, Dsv4Error, Environment, ForeignOutput, NoSpace, Usage, printable
@@ -475,23 +475,29 @@ def remove_leftovers(path: str) -> None:
             out.close()
 
 
-def remove_output(path: str, names: Iterable[str]) -> None:
+def remove_output(path: str, names: Collection[str]) -> None:
     """Remove a finished output whose files are named, and the directory unless others lie in it. raises Environment
 
     The manifest goes last of all, so that a later run can end what was begun.
     """
     remove_leftovers(path)
-    ours = [*names, MANIFEST_NAME]
+    folders = {os.path.dirname(name) for name in names} | {""}
+    while parents := {os.path.dirname(folder) for folder in folders} - folders:
+        folders |= parents
     with io_errors("."):
-        for name in ours:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(path, name))
-        folders = {os.path.dirname(name) for name in ours}
-        while parents := {os.path.dirname(folder) for folder in folders} - folders:
-            folders |= parents
-        for folder in sorted(folders, key=len, reverse=True):
+        for name in names:
+            _remove_if_there(path, name)
+        for folder in sorted(folders - {""}, key=len, reverse=True):
             with contextlib.suppress(OSError):
                 os.rmdir(os.path.join(path, folder))
+        _remove_if_there(path, MANIFEST_NAME)
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
+
+
+def _remove_if_there(path: str, name: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(path, name))
 
 
 def free_bytes(path: str) -> int:

@@ -233,9 +233,10 @@ def push(plan: PushPlan, repo: WritableRepo, on_event: OnEvent = lambda event: N
             on_event(Sent(sizes[name]))
 
     for group in plan.groups:
-        before = len(sent)
-        _require_bytes(plan.directory, [file for file in group if file not in there])
-        send_shards(repo, plan.directory, group, on_sent, functools.partial(_is_there, plan))
+        before, absent = len(sent), [file for file in group if file not in there]
+        _require_bytes(plan.directory, absent)
+        if absent:
+            send_shards(repo, plan.directory, absent, on_sent, functools.partial(_is_there, plan))
         if len(sent) > before:
             on_event(Committed(tuple(sent)[before:]))
     _require_bytes(plan.directory, [file for file in plan.last if file not in there])

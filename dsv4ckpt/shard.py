@@ -57,19 +57,27 @@ def read_header(fd: int, file: str) -> Header:
     raises   BadHeader
     """
     size = os.fstat(fd).st_size
-    if size < _LENGTH.size:  # H1
-        _refuse(file, "shorter than the length field", expected="at least 8 bytes", found=f"{size} bytes")
-    prefix = read_exactly(fd, _LENGTH.size, 0, file)
-    (length,) = _LENGTH.unpack(prefix)
-    if length > min(formats.MAX_HEADER_BYTES, size - _LENGTH.size):  # H2
-        limit = f"at most {min(formats.MAX_HEADER_BYTES, size - _LENGTH.size):,} bytes of header"
-        _refuse(file, "header length out of range", expected=limit, found=f"{length:,}")
-    prefixed = bytearray(_LENGTH.size + length)
+    prefix = read_exactly(fd, min(size, _LENGTH.size), 0, file)
+    prefixed = bytearray(header_end(prefix, size, file))
     read_into(fd, memoryview(prefixed), 0, file)
     text, sha256 = _text(prefixed, file), hashlib.sha256(prefixed).hexdigest()
     data_start = len(prefixed)
     del prefixed  # a header may be 100 MB: once is enough
     return _parsed(text, data_start, size, sha256, file)
+
+
+def header_end(prefix: bytes, file_size: int, file: str) -> int:
+    """Where the header ends, by the length field that a file begins with. raises BadHeader"""
+    if file_size < _LENGTH.size:  # H1
+        _refuse(
+            file, "shorter than the length field", expected="at least 8 bytes", found=f"{file_size} bytes"
+        )
+    (length,) = _LENGTH.unpack(prefix[: _LENGTH.size])
+    most = min(formats.MAX_HEADER_BYTES, file_size - _LENGTH.size)
+    if length > most:  # H2
+        limit = f"at most {most:,} bytes of header"
+        _refuse(file, "header length out of range", expected=limit, found=f"{length:,}")
+    return _LENGTH.size + int(length)
 
 
 def parse_header(prefixed: bytes, file_size: int | None, file: str) -> Header:

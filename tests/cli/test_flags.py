@@ -24,7 +24,7 @@ FLAGS = {
     "convert": {
         "--to", "--names", "--layers", "--mtp", "--max-shard-size", "--workers", "--dry-run", "--allow-nan",
         "--unit-scale", "--follow-symlinks", "--source", "--sidecar", "--scale-policy", "--accept-changes",
-        "--allow-lossy", "--input-scales", "--bandwidth", "--ranks",
+        "--allow-lossy", "--input-scales", "--bandwidth", "--ranks", "--scratch-limit", "--work", "--private",
     },
     "verify": {
         "--level", "--against-hub-oids", "--subset", "--tensor", "--unit-scale", "--workers", "--follow-symlinks",
@@ -32,12 +32,12 @@ FLAGS = {
     "reshard": {
         "--to", "--names", "--experts", "--storage", "--to-dtype", "--chunk-bytes", "--max-file-size", "--workers",
         "--dry-run", "--allow-nan", "--prefix", "--like", "--source", "--sidecar", "--scale-policy", "--allow-lossy",
-        "--follow-symlinks",
+        "--follow-symlinks", "--scratch-limit",
     },
     "finetune": {"--dry-run", "--keys", "--ranks"},
     "export": {
         "--to", "--names", "--step", "--scale-policy", "--adapter", "--max-shard-size", "--workers", "--dry-run",
-        "--allow-lossy",
+        "--allow-lossy", "--scratch-limit",
     },
     "dump": {"--ids", "--text", "--out", "--impl", "--dtype", "--only", "--follow-symlinks"},
     "parity": {"--atol", "--rtol", "--max-ulp"},

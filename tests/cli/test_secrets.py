@@ -52,7 +52,7 @@ MISTAKES = [
     "convert flash bf16 --to fp4",
     "convert flash flash --to bf16",
     "convert flash fp8 --to bf16 -v",
-    "convert hf://org/name out --to bf16",
+    "convert hf://org out --to bf16",
     "convert flash out --to native --sidecar nowhere",
     "convert flash out --to nvfp4 --input-scales flash/config.json",
     "verify flash bf16 --tensor no.such.tensor --json",

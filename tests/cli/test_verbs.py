@@ -11,26 +11,28 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import dsv4
 
 from dsv4ckpt.release import RELEASES
 
 
-def dsv4(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+def process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command from the start of an interpreter to its end."""
     command = [sys.executable, "-m", "dsv4cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="module")
 def flash(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("cli") / "flash"
-    assert dsv4("sample", directory).returncode == 0
+    assert process("sample", directory).returncode == 0
     return directory
 
 
 @pytest.fixture(scope="module")
 def bf16(flash: Path) -> Path:
     directory = flash.parent / "bf16"
-    assert dsv4("convert", flash, directory, "--to", "bf16").returncode == 0
+    assert process("convert", flash, directory, "--to", "bf16").returncode == 0
     return directory
 
 
@@ -96,7 +98,7 @@ def test_inspect_notes_a_wrong_total_size(flash: Path, tmp_path: Path) -> None:
 
 
 def test_inspect_single_file_lists_its_tensors(flash: Path) -> None:
-    done = dsv4("inspect", flash / "model-00001-of-00007.safetensors")
+    done = process("inspect", flash / "model-00001-of-00007.safetensors")
     assert done.returncode == 0
     assert "embed.weight" in done.stdout
 
@@ -144,7 +146,9 @@ def test_dry_run_writes_nothing_and_says_what_would_be(flash: Path, tmp_path: Pa
         (["convert", "FLASH", "OUT", "--to", "bf16", "--unit-scale", "nobody"], 2, "'nobody'"),
         (["convert", "FLASH", "OUT", "--to", "bf16", "--workers", "0"], 2, "1<=x<=64"),
         (["convert", "FLASH", "/dev/null/out", "--to", "bf16"], 4, "Not a directory"),
-        (["inspect", "hf://deepseek-ai/DeepSeek-V4-Flash"], 3, "local files only"),
+        (["inspect", "hf://deepseek-ai"], 2, "hf://owner/name@revision"),
+        (["convert", "FLASH", "OUT", "--to", "bf16", "--work", "W"], 2, "hf:// as DST"),
+        (["reshard", "FLASH", "hf://me/dcp", "--to", "dcp"], 2, "then dsv4 push"),
         (["inspect", "FLASH/config.json"], 3, "no safetensors file"),
         (["inspect", "EMPTY"], 3, "no safetensors file here"),
         (["sample", "FLASH"], 2, "not empty"),
@@ -178,7 +182,7 @@ def test_mistake_gets_its_exit_code_and_a_helpful_word(
 
 
 def test_error_with_json_is_a_document(tmp_path: Path) -> None:
-    done = dsv4("inspect", tmp_path / "nowhere", "--json")
+    done = process("inspect", tmp_path / "nowhere", "--json")
     assert done.returncode == 3
     assert json.loads(done.stdout)["error"]["class"] == "MissingFile"
 
@@ -194,7 +198,7 @@ def test_verify_finds_a_flipped_bit_and_exits_1(flash: Path, bf16: Path, tmp_pat
     by_hash = dsv4("verify", out)
     assert by_hash.returncode == 1
     assert victim.name in by_hash.stdout
-    by_value = dsv4("verify", flash, out, "--level", "values")
+    by_value = process("verify", flash, out, "--level", "values")
     assert by_value.returncode == 1
     assert "1 value differ by up to" in by_value.stdout
     assert "layers.1." in by_value.stdout
@@ -212,7 +216,7 @@ def test_verify_subset_and_tensor_look_at_less(flash: Path, bf16: Path) -> None:
 
 @pytest.mark.slow
 def test_quiet_says_nothing(flash: Path, tmp_path: Path) -> None:
-    done = dsv4("convert", flash, tmp_path / "out", "--to", "bf16", "-q")
+    done = process("convert", flash, tmp_path / "out", "--to", "bf16", "-q")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

@@ -12,6 +12,10 @@ from huggingface_hub import constants
 from pushing import Push, run
 from server import OWNERS_TOKEN, Hub
 
+from dsv4ckpt import hub as remote
+from dsv4ckpt import hub_source
+from dsv4ckpt.stop import StopFlag
+
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -47,3 +51,29 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 def push(hub: Hub, directory: Path) -> Push:
     """dsv4 push of the test's directory to tester/model."""
     return lambda *flags: run("push", directory, "tester/model", *flags)
+
+
+@pytest.fixture
+def source(hub: Hub, smallest: Path) -> str:
+    """What a verb is given for the smallest sample, which is on the Hub."""
+    hub.seed("lab/flash", smallest)
+    return "hf://lab/flash"
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that would have been waited before asking again; nobody waits."""
+    waited: list[float] = []
+    made = remote.Repo.__init__
+
+    def init(repo: remote.Repo, name: str, revision: str | None = None) -> None:
+        made(repo, name, revision)
+        repo.pause = waited.append
+
+    def pause(stop: StopFlag, seconds: float) -> None:
+        stop.check()
+        waited.append(seconds)
+
+    monkeypatch.setattr(remote.Repo, "__init__", init)
+    monkeypatch.setattr(hub_source, "pause", pause)
+    return waited

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +18,7 @@ from typing import NamedTuple
 import pytest
 import tiny
 from dsv4cli import main as cli
-from server import OWNERS_TOKEN, Commit, Fault, Hub
+from server import OWNERS_TOKEN, Commit, Fault, Hub, Request
 
 REPO = "tester/model"
 INDEX, MANIFEST, CARD = "model.safetensors.index.json", "dsv4.manifest.json", "README.md"
@@ -54,6 +57,48 @@ def started(hub: Hub, home: Path, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command, env=environment(hub, home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+class Verbs:
+    """Commands in processes of their own, forked from one that is ready: tests/hub/verbs_driver.py."""
+
+    def __init__(self, hub: Hub, home: Path, token: str = OWNERS_TOKEN) -> None:
+        self._driver = subprocess.Popen(
+            [sys.executable, str(Path(__file__).parent / "verbs_driver.py")],
+            env=environment(hub, home, token) | {"OMP_NUM_THREADS": "1"},
+            cwd=home,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._child, self._has_ended = 0, threading.Event()
+
+    def __call__(self, *arguments: object) -> Done:
+        """Returns when it has ended; the code is minus the signal that ended it."""
+        stdin, stdout = self._driver.stdin, self._driver.stdout
+        assert stdin is not None and stdout is not None
+        self._has_ended.clear()
+        stdin.write(json.dumps([str(argument) for argument in arguments]) + "\n")
+        stdin.flush()
+        self._child = int(stdout.readline())
+        done = Done(*json.loads(stdout.readline()))
+        self._child = 0
+        self._has_ended.set()
+        return done
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """From another thread."""
+        if self._child:
+            os.kill(self._child, number)
+
+    def wait(self) -> None:
+        """From another thread: until it has ended."""
+        assert self._has_ended.wait(60)
+
+    def close(self) -> None:
+        assert self._driver.stdin is not None
+        self._driver.stdin.close()
+        self._driver.wait(60)
 
 
 Push = Callable[..., Done]
@@ -98,3 +143,67 @@ def refused(done: Done, kind: str, code: int) -> str:
 
 def nothing_sent(hub: Hub) -> bool:
     return hub.sent() == 0 and hub.count("POST", COMMIT) == 0
+
+
+def require_honest(hub: Hub) -> None:
+    """An index is only there with all its shards, and a manifest with all its files."""
+    if REPO not in hub.repos:
+        return
+    for commit in hub.repos[REPO].branches["main"]:
+        if INDEX in commit.files:
+            content = commit.files[INDEX].content
+            assert content is not None
+            assert {*json.loads(content)["weight_map"].values()} <= commit.files.keys()
+        if MANIFEST in commit.files:
+            content = commit.files[MANIFEST].content
+            assert content is not None
+            assert {row["file"] for row in json.loads(content)["files"]} <= commit.files.keys()
+
+
+class Killer:
+    """Kills a command when its n-th request has come, and lets the Hub carry that one out or not."""
+
+    def __init__(self, hub: Hub, home: Path) -> None:
+        self.hub, self.verbs = hub, Verbs(hub, home)
+        self.resent, self.num_killed = list[str](), 0
+        self._left, self._is_done = 0, True
+        self._counts: Callable[[], bool] = lambda: True
+        hub.on_request = self._see
+
+    def killed(
+        self, moment: int, *, is_done: bool, counts: Callable[[], bool] = lambda: True
+    ) -> Callable[..., Done]:
+        """What carries a command out, and kills it at its `moment`-th request of those that come while `counts`.
+
+        is_done   the request is carried out all the same
+        """
+
+        def command(*arguments: object) -> Done:
+            self._left, self._is_done, self._counts = moment, is_done, counts
+            done = self.verbs(*arguments)
+            self.num_killed += done.code == -signal.SIGKILL
+            assert done.code in (0, -signal.SIGKILL), done
+            self._left = 0
+            return done
+
+        return command
+
+    def _see(self, request: Request) -> None:
+        oid = request.path.removeprefix(PUT)[:64]
+        if request.method == "PUT" and oid in self.hub.blobs:
+            self.resent.append(oid)
+        with self.hub.lock:
+            counts = self._left > 0 and self._counts()
+            self._left -= counts
+            kills = counts and self._left == 0
+        if kills:
+            self.verbs.kill()
+            self.verbs.wait()
+            if not self._is_done:
+                raise ConnectionError("the client is gone")
+
+    def __enter__(self) -> Killer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.verbs.close()
