@@ -28,7 +28,7 @@ from .sink import io_errors
 from .source import Checkpoint, Landing, Place, Reader, Shard, SmallFile, Stamp
 from .stop import StopFlag
 
-_NUM_ASKING = 8  # requests for headers at a time
+_NUM_ASKING = 16  # requests for headers at a time
 _FIRST_BYTES = 256 * 1024  # of a shard: most headers of a release are shorter
 _GIT_ATTRIBUTES = ".gitattributes"  # the Hub's own: no download has to have it
 _UNPRINTABLE = "an unprintable name"
@@ -277,10 +277,13 @@ def open_hub(address: str) -> HubCheckpoint:
 
     def headers_of(wanted: Sequence[str]) -> Iterator[Shard]:
         with concurrent.futures.ThreadPoolExecutor(_NUM_ASKING) as pool:
-            for name, data in zip(
-                wanted, pool.map(lambda name: _header(checkpoint, name), wanted), strict=True
-            ):
-                yield checkpoint.keep_header(name, data)
+            for first, count in formats.spans(
+                len(wanted), _NUM_ASKING
+            ):  # a header may be 100 MB: not all at once
+                names = wanted[first : first + count]
+                found = pool.map(lambda name: _header(checkpoint, name), names)
+                for name, data in zip(names, found, strict=True):
+                    yield checkpoint.keep_header(name, data)
 
     source.put_together(checkpoint, checkpoint.names(), index, headers_of)
     return checkpoint

@@ -460,7 +460,17 @@ def _already_complete(plan: Plan, checkpoint: Checkpoint, path: str, outlet: Out
         if not is_here and not (outlet and outlet.has(receipt)):
             return None
     for name, proof in found.proofs.items():
-        if checkpoint.proof(name) != proof:
+        mine = checkpoint.proof(name)
+        if mine.keys() != proof.keys():
+            raise ForeignOutput(
+                "this directory is complete, and its source was read from elsewhere: one of a directory and one of the "
+                "Hub are not compared",
+                file=name,
+                expected=", ".join(mine),
+                found=", ".join(proof),
+                do="name the same source as before, or choose a new directory",
+            )
+        if mine != proof:
             raise ForeignOutput(
                 "this directory was made from another source with the same headers",
                 file=name,

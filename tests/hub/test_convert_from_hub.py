@@ -133,6 +133,10 @@ def test_conversion_that_is_complete_is_not_made_again(
     assert again.code == 0 and "was complete already" in again.out
     assert hashes(tmp_path / "out") == before
     assert hub.fetched == bytes_of_headers(smallest)
+    # nothing compares samples of a directory's shards with ids of the Hub
+    elsewhere = refused(run("convert", smallest, tmp_path / "out", *BF16), "ForeignOutput", 2)
+    assert "its source was read from elsewhere" in elsewhere
+    assert hashes(tmp_path / "out") == before
 
 
 @pytest.mark.slow
