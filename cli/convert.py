@@ -45,7 +45,7 @@ from .common import (
     workers_option,
 )
 from .progress import Progress
-from .shelves import least_bytes, pinned, say_sources, scratch_limit_option, shelves
+from .shelves import least_bytes, pinned, require_room, say_sources, scratch_limit_option, shelves
 from .words import Console, LayerList, Size, human, plural, spans, table
 
 if TYPE_CHECKING:
@@ -258,20 +258,12 @@ def command(
             checkpoint = hub_source.open_checkpoint(pinned_src, follow_links=follow_links)
         known = None if on_paper else original_of(src, checkpoint, released, sidecar, options, follow_links)
         made = plan.make_plan(survey.survey(checkpoint, unit_scales=options.unit_scales), options, known)
+    job = Job(made, checkpoint, at, workers, scratch_limit, accept_changes=accept_changes)
     if dry_run:
         predicted = None
         if bandwidth or num_ranks:
             predicted = scaling.predict(made, num_ranks or 1, workers, bandwidth)
-        return show_plan(
-            made,
-            at,
-            console,
-            predicted,
-            needs_space=not on_paper,
-            more=say_sources(made, checkpoint, scratch_limit, console),
-            most=scratch_limit if goes_to_hub else None,
-        )
-    job = Job(made, checkpoint, at, workers, scratch_limit, accept_changes=accept_changes)
+        return show_plan(job, console, predicted, needs_space=not on_paper, goes_to_hub=goes_to_hub)
     if goes_to_hub:
         return to_hub(job, dst, private=private, console=console)
     following = f"dsv4 verify {src} {dst} --level values"
@@ -330,23 +322,29 @@ def original_of(
 
 
 def show_plan(
-    made: Plan,
-    dst: str,
+    job: Job,
     console: Console,
     predicted: scaling.Prediction | None = None,
     *,
     needs_space: bool = True,
+    goes_to_hub: bool = False,
     more: Mapping[str, Any] = MappingProxyType({}),
-    most: int | None = None,
 ) -> int:
     """
     needs_space   DST is where the output will go, and not only a word
+    goes_to_hub   no more than the window is here at a time
     more          for the JSON document
-    most          bytes of the output that are here at a time; None: all
     """
-    num_bytes = made.total_bytes if most is None else min(made.total_bytes, most)
-    needed, free = outdir.space_needed(num_bytes), outdir.free_bytes(dst)
+    made, limit = job.made, job.scratch_limit
     _say_plan(made, console, files=predicted is None)
+    fetching = say_sources(made, job.checkpoint, limit, console)
+    if goes_to_hub:
+        relay.windows(made, least_bytes(made, job.checkpoint), limit)
+        num_bytes = min(limit, made.total_bytes + fetching.num_bytes)
+    else:
+        require_room(made, job.checkpoint, limit)
+        num_bytes = made.total_bytes + min(limit, fetching.num_bytes)
+    needed, free = outdir.space_needed(num_bytes), outdir.free_bytes(job.at)
     console.say(f"  space     {needed:,} bytes needed, {free:,} free")
     if predicted:
         _say_prediction(predicted, console)
@@ -354,10 +352,10 @@ def show_plan(
     for file in document["files"]:
         del file["steps"]
     left = [{"name": item.name, "reason": item.left} for item in made.left]
-    document |= {"left": left, "space": {"needed": needed, "free": free}, **more}
+    document |= {"left": left, "space": {"needed": needed, "free": free}, **fetching.document, **more}
     console.document(document | ({"prediction": _prediction_document(predicted)} if predicted else {}))
     if needs_space:
-        outdir.require_space(dst, num_bytes)
+        outdir.require_space(job.at, num_bytes)
     console.say("nothing was written: this was a dry run")
     return EXIT_OK
 

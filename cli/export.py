@@ -122,8 +122,6 @@ def command(
             f"step {checkpoint.step:,} of {run}, trained from {shown.like.checkpoint.directory}", bold=True
         )
         more = {"step": checkpoint.step}
-        if dry_run:
-            return convert.show_plan(made, dst, console, more=more)
         job = convert.Job(
             made,
             shown,
@@ -133,6 +131,8 @@ def command(
             verb="export",
             accept_changes=True,  # that is what training is for
         )
+        if dry_run:
+            return convert.show_plan(job, console, more=more)
         following = f"dsv4 verify {dst}; dsv4 generate {dst} --text '...'"
         return convert.carry_out(job, console, following=following, more=more)
 

@@ -16,7 +16,7 @@ from dsv4ckpt.survey import Survey
 
 from . import convert
 from .common import common_options, dry_run_option, follow_links_option, without_collecting, workers_option
-from .shelves import pinned, say_sources, scratch_limit_option
+from .shelves import pinned, scratch_limit_option
 from .words import Console, Size, plural
 
 _LEAST_CHUNK = 64 * 1024  # smaller chunks are mostly what stands around them
@@ -154,14 +154,6 @@ def command(
         shown = ", ".join(left[:_SHOWN]) + (", ..." if len(left) > _SHOWN else "")
         console.say(f"{plural(len(left), 'item')} of SRC, not of the model, stay behind: {shown}")
     more: dict[str, Any] = {"not_of_the_model": list(left)}
-    if dry_run:
-        more |= say_sources(made, found.checkpoint, scratch_limit, console)
-        return convert.show_plan(made, dst, console, more=more)
-    following = f"dsv4 verify {dst}"
-    if to == "dcp":
-        following = f"torch.distributed.checkpoint.load(state_dict, checkpoint_id={dst!r})"
-    elif found.checkpoint.directory == src or src.startswith(hub.PREFIX):
-        following = f"dsv4 verify {src} {dst} --level values"
     job = convert.Job(
         made,
         found.checkpoint,
@@ -171,6 +163,13 @@ def command(
         verb="reshard",
         accept_changes=True,  # a trainer changes what it saves, and no manifest knows of it
     )
+    if dry_run:
+        return convert.show_plan(job, console, more=more)
+    following = f"dsv4 verify {dst}"
+    if to == "dcp":
+        following = f"torch.distributed.checkpoint.load(state_dict, checkpoint_id={dst!r})"
+    elif found.checkpoint.directory == src or src.startswith(hub.PREFIX):
+        following = f"dsv4 verify {src} {dst} --level values"
     return convert.carry_out(job, console, following=following, more=more)
 
 

@@ -78,21 +78,36 @@ def least_bytes(made: Plan, checkpoint: Checkpoint) -> int:
     return len(sources) * max((item.least_bytes for item in sources), default=0)
 
 
-def say_sources(made: Plan, checkpoint: Checkpoint, limit: int, console: Console) -> dict[str, Any]:
-    """What will be fetched; the same for the JSON document."""
-    document = {}
+class Fetching(NamedTuple):
+    """What will come from the Hub."""
+
+    num_bytes: int
+    document: dict[str, Any]  # for --json
+
+
+def say_sources(made: Plan, checkpoint: Checkpoint, limit: int, console: Console) -> Fetching:
+    """Tell what will be fetched."""
+    document, total = {}, 0
     for item in _sources(made, checkpoint):
         needed = frozenset[str]().union(*item.groups)
         num_bytes = sum(item.checkpoint.files[name].size for name in needed)
         of = plural(len(item.checkpoint.shards), "shard")
+        total += num_bytes
         console.say(
             f"  {item.kind:<9} hf://{item.checkpoint.repo.name}, commit {item.checkpoint.repo.revision}"
         )
         console.say(
-            f"  fetched   {len(needed):,} of {of}, {human(num_bytes)}, at most {human(limit)} at a time"
+            f"  to fetch  {len(needed):,} of {of}, {human(num_bytes)}, at most {human(limit)} at a time"
         )
         document[item.kind] = {**item.checkpoint.origin, "shards": len(needed), "bytes": num_bytes}
-    return {"fetched": document} if document else {}
+    return Fetching(total, {"to_fetch": document} if document else {})
+
+
+def require_room(made: Plan, checkpoint: Checkpoint, limit: int) -> None:
+    """raises Usage if what is read together does not fit"""
+    least = least_bytes(made, checkpoint)
+    if limit < least:
+        raise hub_source.too_small(least, limit)
 
 
 @contextmanager
@@ -101,9 +116,7 @@ def shelves(
 ) -> Iterator[None]:
     """Room for shards from the Hub in the work directory of `work`. raises Usage if `limit` is too small"""
     sources = [*_sources(made, checkpoint)]
-    least = least_bytes(made, checkpoint)
-    if limit < least:
-        raise hub_source.too_small(least, limit)
+    require_room(made, checkpoint, limit)
     for item in sources:
         name = f"{outdir.SHELF_PREFIX}{item.kind}.{place_in_job().rank}"
         hub_source.put_on_shelf(

@@ -270,12 +270,19 @@ def test_dry_run_fetches_headers_and_makes_nothing(
 ) -> None:
     done = run("convert", source, tmp_path / "out", *BF16, "--dry-run", "--json")
     assert done.code == 0
-    fetched = json.loads(done.out)["fetched"]["source"]
+    fetched = json.loads(done.out)["to_fetch"]["source"]
     commit = hub.repos[LAB].branches["main"][-1].oid
     assert fetched == {
         "repository": LAB, "commit": commit, "shards": 4, "bytes": bytes_of_shards(smallest)
     }  # fmt: skip
     assert hub.fetched == bytes_of_headers(smallest) and not (tmp_path / "out").exists()
+    room = json.loads(done.out)["space"]["needed"] - json.loads(done.out)["bytes"]
+    local = json.loads(run("convert", smallest, tmp_path / "out", *BF16, "--dry-run", "--json").out)
+    assert room == local["space"]["needed"] - local["bytes"] + bytes_of_shards(
+        smallest
+    )  # they are here meanwhile
+    too_small = run("convert", source, tmp_path / "out", *BF16, "--dry-run", "--scratch-limit", "1KB")
+    assert "at least" in refused(too_small, "Usage", 2)
 
 
 # ---- room

@@ -335,9 +335,10 @@ def test_every_directory_that_is_opened_refuses_the_hub(source: str) -> None:
 
 def test_dry_run_sends_and_makes_nothing(hub: Hub, convert: Convert) -> None:
     done = convert("--dry-run", "--json")
-    assert done.code == 0 and json.loads(done.out)["fetched"]["source"]["shards"] == 4
+    assert done.code == 0 and json.loads(done.out)["to_fetch"]["source"]["shards"] == 4
     assert {request.method for request in hub.requests} == {"GET", "HEAD"}
     assert hub.count("GET", "tester") == 0 and REPO not in hub.repos and os.listdir() == []
+    assert "at least" in refused(convert("--dry-run", "--scratch-limit", "1KB"), "Usage", 2)
 
 
 # ---- faults
