@@ -92,31 +92,36 @@ class Repo:
     def pin(self) -> str:
         """The commit that the revision names now; it is what is read from here on. raises HubFailed"""
         self.revision = str(
-            self.tried("looking for it", lambda: self.api.repo_info(self.name, revision=self.revision)).sha
+            self.tried(
+                "looking for it",
+                lambda: self.api.repo_info(self.name, revision=self.revision, timeout=_TIMEOUT),
+            ).sha
         )
         return self.revision
 
     def files(self) -> dict[str, Remote]:
         """What the revision holds now. raises HubFailed"""
         revision = self.revision.replace("/", "%2F")
-        found, route = {}, f"models/{self.name}/tree/{revision}?recursive=true"
+        found: dict[str, Remote] = {}
+        route = f"models/{self.name}/tree/{revision}?recursive=true"
         while route:
-            rows, route = self.tried("listing its files", functools.partial(self._page, route))
-            for row in rows:
-                if row["type"] == "file":
-                    lfs = row.get("lfs")
-                    found[row["path"]] = Remote(row["size"], lfs["oid"] if lfs else None, row["oid"])
+            files, route = self.tried("listing its files", functools.partial(self._page, route))
+            found |= files
         return found
 
-    def _page(self, route: str) -> tuple[list[dict[str, Any]], str]:
-        """Rows of a long answer, and the route to the next ones.
+    def _page(self, route: str) -> tuple[dict[str, Remote], str]:
+        """Some of the files, and the route to the next ones. raises ValueError for an answer that is none
 
         The client's own way to ask for pages waits as long as a server says, and does not hear of a signal meanwhile.
         """
         answer = self.request("GET", route)
         following = str(answer.links.get("next", {}).get("url", ""))
         here = f"{self.endpoint}/api/"  # the token goes nowhere else
-        return answer.json(), following.removeprefix(here) if following.startswith(here) else ""
+        try:
+            files = dict(_remote(row) for row in answer.json() if row["type"] == "file")
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError("no list of files") from None
+        return files, following.removeprefix(here) if following.startswith(here) else ""
 
     def read(self, file: str, begin: int, end: int) -> bytes:
         """Bytes [begin, end) of a file. raises HubFailed"""
@@ -143,7 +148,7 @@ class Repo:
             if done != end:
                 raise _Broken("the connection ended early")
 
-        self.tried(f"reading {printable(file)}", attempt)
+        self.tried(f"reading {printable(file)}", attempt, lambda: done)
 
     def _pieces(self, file: str, begin: int, end: int) -> Iterator[bytes]:
         if begin == end:
@@ -208,31 +213,38 @@ class Repo:
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
         url = f"{self.endpoint}/api/{route}"
-        answer = get_session().request(method, url, headers=build_hf_headers(), json=body)
+        answer = get_session().request(method, url, headers=build_hf_headers(), json=body, timeout=_TIMEOUT)
         if answer.status_code not in also:
             hf_raise_for_status(answer)
         return answer
 
-    def tried(self, doing: str, call: Callable[[], _Result]) -> _Result:
-        """Call, and again after what passes by. raises HubFailed, what is ours"""
+    def tried(
+        self, doing: str, call: Callable[[], _Result], progress: Callable[[], int] = lambda: 0
+    ) -> _Result:
+        """Call, and again after what passes by. raises HubFailed, what is ours
+
+        progress   how far it has come: who comes further between two failures may fail as often again
+        """
         from huggingface_hub.errors import HfHubHTTPError
 
         # the HTTP library of the client's version: httpx, or httpx2
         http_error: type[Exception] = HfHubHTTPError.__bases__[0]
-        wait = 1.0
-        for left in range(_TRIES - 1, -1, -1):
+        wait, left, reached = 1.0, _TRIES, progress()
+        while True:
             try:
                 return call()
             except (http_error, OSError, RuntimeError, ValueError) as error:
                 cause = _http_cause(error, http_error)
                 passes = _passes(cause, http_error)
+                if progress() != reached:
+                    wait, left, reached = 1.0, _TRIES, progress()
+                left -= 1
                 if not left or not passes:
                     raise self._told(
                         doing, cause, passes=passes, is_http=isinstance(cause, http_error)
                     ) from None
                 self.pause(min(_asked_wait(cause, wait), _LONGEST_WAIT))
                 wait *= 2
-        raise AssertionError
 
     def _told(self, doing: str, error: Exception, *, passes: bool, is_http: bool) -> Environment:
         """What went wrong, without a word of the client's: they hold addresses."""
@@ -294,6 +306,18 @@ class Repo:
     def harmless(self, text: str) -> str:
         """What a server says, cut, without the token."""
         return printable(text.replace(self._secret or "\0", "[removed]")[:_MAX_SAID])
+
+
+def _remote(row: dict[str, Any]) -> tuple[str, Remote]:
+    """A file as the Hub lists it. raises KeyError, TypeError if it is none"""
+    path, size, blob, lfs = row["path"], row["size"], row["oid"], row.get("lfs")
+    sha256 = lfs["oid"] if lfs else None
+    ids = (sha256 or "0" * 64, blob)
+    if type(size) is not int or size < 0 or not isinstance(path, str):
+        raise TypeError
+    if not all(re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", item) for item in ids):
+        raise TypeError
+    return path, Remote(size, sha256, blob)
 
 
 def _require_name(name: str) -> None:

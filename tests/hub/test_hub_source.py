@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import server
 import tiny
 from huggingface_hub import constants
 from pushing import INDEX, environment, fault, refused, run
@@ -458,4 +459,34 @@ def test_repo_goes_on_with_the_byte_that_is_due(
         (41_000, 20_000),
         (61_000, 20_000),
     ]
-    assert waits == [1, 2]
+    assert waits == [1, 1]
+
+
+def test_connection_that_breaks_more_often_than_tries_are_allowed_is_enough_if_each_brings_something(
+    hub: Hub, source: str, smallest: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_PIECE", 10)
+    repo, shard = remote.Repo(LAB), sorted(smallest.glob("*.safetensors"))[1]
+    assert source == f"hf://{LAB}"
+    hub.faults.append(Fault("GET", STORAGE, "drop body", 8))
+    assert repo.read(shard.name, 0, 81_000) == shard.read_bytes()[:81_000]
+    assert waits == [1] * 8
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"type": "file"},
+        {"type": "file", "path": "config.json", "size": -1, "oid": "0" * 40},
+        {"type": "file", "path": "config.json", "size": 1, "oid": "../../x"},
+        {"type": "file", "path": "config.json", "size": 1, "oid": "0" * 40, "lfs": {"oid": "a"}},
+        {"type": "file", "path": "config.json", "size": 1, "oid": "0" * 40, "lfs": 5},
+        "a page that asks to log in",
+    ],
+)
+def test_list_of_files_that_is_none_is_refused(
+    hub: Hub, source: str, row: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_row", lambda name, entry: row)
+    assert hub.repos
+    assert "the client gave up" in refused(run("inspect", source), "HubFailed", 4)
