@@ -5,12 +5,14 @@ The oracles: files in a run's directory, read by json, ElementTree and torch; th
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import forked
 import pytest
 import tiny
 import torch
@@ -48,6 +51,14 @@ def commands_of(text: str) -> list[str]:
     """What the first console block of a text tells to type."""
     (block,) = re.findall(r"```console\n(.*?)```", text, re.DOTALL)[:1]
     return [line[2:] for line in block.splitlines() if line.startswith("$ ")]
+
+
+def forked_line(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A line that is a command and nothing else."""
+    program, *arguments = shlex.split(line)
+    assert program == "dsv4"
+    with contextlib.chdir(cwd):
+        return forked.dsv4(*arguments)
 
 
 def shell(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -150,7 +161,7 @@ def test_validate_holds_its_memory(flash: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_session_of_the_page_runs(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    done = [shell(line, tmp_path) for line in commands_of(PAGE)]
+    done = [forked_line(line, tmp_path) for line in commands_of(PAGE)]
     assert [item.returncode for item in done] == [0] * 6, [item.stderr for item in done]
     assert "nothing was loaded or written" in done[1].stdout
     assert "continues after step 4" in done[3].stdout and "step 5 done from step 4" in done[3].stdout
@@ -504,10 +515,10 @@ def test_run_stopped_by_a_signal_continues_to_the_same_tensors(
     assert "Interrupted: stopped by a signal\n    do        the same command continues" in err
     assert (run / "latest").read_text() == f"step-{made}\n"
     assert lines_of(run / "loss.svg") == [made, made]
-    with started(written, "train.steps=40") as process:
-        out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert f"  continues after step {made}\n" in out and f"step 40 done from step {made} in " in out
+    again = forked.dsv4("finetune", written, "train.steps=40")
+    assert again.returncode == 0, again.stderr
+    assert f"  continues after step {made}\n" in again.stdout
+    assert f"step 40 done from step {made} in " in again.stdout
     assert losses_of(run) == losses_of(whole)
     found, wanted = [(place / "checkpoints/step-40/__0_0.distcp").read_bytes() for place in (run, whole)]
     assert found == wanted  # weights and the optimizer's state, all in one file

@@ -12,6 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner
 from dsv4cli import main as cli
+from forked import dsv4
 
 ROOT = Path(__file__).parents[2]
 COMMON = {"--json", "-q", "--quiet", "-v", "--verbose", "-h", "--help"}
@@ -119,12 +120,8 @@ def test_json_is_one_document_on_stdout_and_words_go_to_stderr(tmp_path: Path) -
         ["verify", out],
         ["verify", src, out],
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "dsv4cli", *arguments, "--json"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        done = dsv4(*arguments, "--json")
+        assert done.returncode == 0, done.stderr
         document = json.loads(done.stdout)
         assert isinstance(document, dict)
         assert done.stderr, arguments

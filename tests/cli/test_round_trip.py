@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_verbs import dsv4
+from forked import dsv4
 
 EXPERT = "layers.1.ffn.experts.3.w1.weight"
 

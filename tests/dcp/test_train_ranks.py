@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import gangs
 import pytest
@@ -20,6 +23,7 @@ from dsv4model.trainer import Step, Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 State = dict[str, torch.Tensor]
+Trained = tuple[list[Step], State]
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +46,21 @@ def text_of(source: Path, data: Path, run: Path) -> str:
     """  # Adam's usual eps would turn a gradient's last digit into a whole step
 
 
-def require_close(
-    got: tuple[list[Step], State], wanted: tuple[list[Step], State], weights: float = 2e-5
-) -> None:
-    steps, state = got
-    of_wanted, state_of_wanted = wanted
-    assert [step.step for step in steps] == [step.step for step in of_wanted]
-    for step, other in zip(steps, of_wanted, strict=True):
+def evaluated_on(data: Path) -> str:
+    return f"data.eval_files={data}"
+
+
+def require_same_steps(steps: list[Step], wanted: list[Step]) -> None:
+    assert [step.step for step in steps] == [step.step for step in wanted]
+    for step, other in zip(steps, wanted, strict=True):
         assert step[1:-2] == pytest.approx(other[1:-2], rel=1e-5, abs=1e-7)
         assert (step.tokens, step.load) == (other.tokens, other.load)
+
+
+def require_close(got: Trained, wanted: Trained, weights: float = 2e-5) -> None:
+    steps, state = got
+    of_wanted, state_of_wanted = wanted
+    require_same_steps(steps, of_wanted)
     assert state.keys() == state_of_wanted.keys()
     for name, tensor in state_of_wanted.items():
         if name.startswith("model."):
@@ -65,7 +75,6 @@ CASES: dict[str, list[str]] = {
     "warm-up": ["loss.indexer=1.0", "loss.indexer_entries=dense", "train.freeze=['*', '!*.indexer.*']"],
     "first stage stays": ["train.freeze=['*.layers.[01].*', '*.indexer.*', '*embed_tokens*']"],
 }
-Trained = tuple[list[Step], State]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +87,33 @@ def alone(flash: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             text = text_of(flash, data, tmp_path_factory.mktemp("alone") / "run")
             known[case] = gangs.gang(1, training.run, text, CASES[case])[0]
         return known[case]
+
+    return made
+
+
+STOPPED = [(2, 1, 1), (4, 2, 2)]  # ranks, stages and groups of experts of the case that is stopped on its way
+
+
+class Together(NamedTuple):
+    """What ranks make of a case."""
+
+    run: Path
+    steps: list[list[Step]]  # of each rank
+    state: State
+
+
+@pytest.fixture(scope="module")
+def together(flash: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Together]:
+    """A case on so many ranks, in so many stages and groups of experts; those that are stopped later are evaluated."""
+
+    @functools.cache
+    def made(case: str, size: int, stages: int, experts: int) -> Together:
+        run = tmp_path_factory.mktemp("together") / "run"
+        changes = [*CASES[case], f"parallel.stages={stages}", f"parallel.experts={experts}"]
+        if case == "full" and (size, stages, experts) in STOPPED:
+            changes.append(evaluated_on(data))
+        many = gangs.gang(size, training.run, text_of(flash, data, run), changes)
+        return Together(run, [steps for steps, _ in many], many[0][1])
 
     return made
 
@@ -99,18 +135,19 @@ def alone(flash: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     ],
 )
 def test_ranks_train_as_one_process_does(
-    case: str, size: int, stages: int, experts: int, alone: Callable[[str], Trained], flash: Path, data: Path,
-    tmp_path: Path,
+    case: str, size: int, stages: int, experts: int, alone: Callable[[str], Trained],
+    together: Callable[..., Together],
 ) -> None:  # fmt: skip
     """Rows, experts and layers divided, each alone and every two of them together."""
-    changes = [*CASES[case], f"parallel.stages={stages}", f"parallel.experts={experts}"]
-    many = gangs.gang(size, training.run, text_of(flash, data, tmp_path / "run"), changes)
-    for found in many:
-        # Muon makes every direction of a gradient as long as the longest, those of rounding errors too
-        require_close(found, alone(case), 2e-5 if case != "muon" else 0.1)
-    assert (tmp_path / "run" / "latest").read_text() == "step-4\n"
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    found, wanted = together(case, size, stages, experts), alone(case)
+    assert len(found.steps) == size
+    for steps in found.steps:
+        require_same_steps(steps, wanted[0])
+    # Muon makes every direction of a gradient as long as the longest, those of rounding errors too
+    require_close((found.steps[0], found.state), wanted, 2e-5 if case != "muon" else 0.1)
+    assert (found.run / "latest").read_text() == "step-4\n"
+    lines = [json.loads(line) for line in (found.run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
@@ -123,30 +160,37 @@ def test_muon_steps_divided_weights_as_whole_ones() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("size", "division"), [(2, {}), (4, {"stages": 2, "experts": 2})], ids=["rows", "all"]
-)
+@pytest.mark.parametrize(("size", "stages", "experts"), STOPPED, ids=["rows", "all"])
 def test_stopped_ranks_continue_to_the_bit_and_other_ranks_closely(
-    size: int, division: dict[str, int], flash: Path, data: Path, tmp_path: Path
+    size: int,
+    stages: int,
+    experts: int,
+    together: Callable[..., Together],
+    flash: Path,
+    data: Path,
+    tmp_path: Path,
 ) -> None:
     """A signal to one rank stops all of them after the same step."""
 
-    def trained(size: int, division: dict[str, int], run: str, until: int | None = None) -> Trained:
-        changes = CASES["full"] + [f"parallel.{key}={value}" for key, value in division.items()]
-        changes.append(f"data.eval_files={data}")
+    def trained(size: int, changes: list[str], run: str, until: int | None = None) -> Trained:
+        changes = [*CASES["full"], *changes, evaluated_on(data)]
         text = text_of(flash, data, tmp_path / run)
         found: Trained = gangs.gang(size, training.run, text, changes, until)[0]
         return found
 
-    steps, whole = trained(size, division, "whole")
+    undisturbed = together("full", size, stages, experts)
+    steps, whole = undisturbed.steps[0], undisturbed.state
+    division = [f"parallel.stages={stages}", f"parallel.experts={experts}"]
     early, _ = trained(size, division, "stopped", 2)
     assert [step.step for step in early] == [1, 2]
+    shutil.copytree(tmp_path / "stopped", tmp_path / "moved")
     late, resumed = trained(size, division, "stopped")
     assert late == steps[2:]
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
-    trained(size, division, "moved", 2)
-    require_close(trained(1, {}, "moved"), (steps[2:], whole))
-    lines = [(tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1] for run in ("whole", "moved")]
+    require_close(trained(1, [], "moved"), (steps[2:], whole))
+    lines = [
+        (run / "metrics.jsonl").read_text().splitlines()[-1] for run in (undisturbed.run, tmp_path / "moved")
+    ]
     evaluated = [json.loads(line)["eval_loss"] for line in lines]
     assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-5)
 
@@ -156,18 +200,20 @@ def test_ranks_train_bfloat16_with_what_is_float32_in_it(flash: Path, data: Path
     changes = ["model.dtype=bfloat16", "optimizer.masters=true", "loss.balance=0.01"]
     one, state = gangs.gang(1, training.run, text_of(flash, data, tmp_path / "one"), changes)[0]
     changes += ["parallel.stages=2", "parallel.experts=2"]
-    for steps, tensors in gangs.gang(4, training.run, text_of(flash, data, tmp_path / "many"), changes):
+    many = gangs.gang(4, training.run, text_of(flash, data, tmp_path / "many"), changes)
+    for steps, _ in many:
         assert steps[0][1:4] == one[0][1:4]  # before anything was added up in another order
         for step, other in zip(steps, one, strict=True):
             assert step[1:4] == pytest.approx(other[1:4], rel=2e-3)
-        assert {name: tensor.dtype for name, tensor in tensors.items()} == {
-            name: tensor.dtype for name, tensor in state.items()
-        }
-        masters = {name: tensor for name, tensor in tensors.items() if name.endswith("/master")}
-        for name, master in masters.items():
-            weight = tensors[f"model.{name.removeprefix('optim.').removesuffix('/master')}"]
-            assert torch.equal(master.bfloat16(), weight), name
-        assert masters
+    tensors = many[0][1]
+    assert {name: tensor.dtype for name, tensor in tensors.items()} == {
+        name: tensor.dtype for name, tensor in state.items()
+    }
+    masters = {name: tensor for name, tensor in tensors.items() if name.endswith("/master")}
+    for name, master in masters.items():
+        weight = tensors[f"model.{name.removeprefix('optim.').removesuffix('/master')}"]
+        assert torch.equal(master.bfloat16(), weight), name
+    assert masters
 
 
 @pytest.mark.slow

@@ -21,7 +21,10 @@ from dsv4model.trainer import Step, Trainer, train
 def run(
     text: str, changes: list[str], until: int | None = None
 ) -> tuple[list[Step], dict[str, torch.Tensor]]:
-    """Train; until: rank 0 is asked to stop after so many steps. Steps that this call made, and the whole state."""
+    """Train; until: rank 0 is asked to stop after so many steps.
+
+    returns  steps that this call made; and on rank 0 the whole state: of what several ranks have, the last one's
+    """
     many = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
     ranks = GroupRanks() if many else ALONE
     trainer, stop, steps = Trainer(read_recipe(text.encode(), changes), ranks), StopFlag(), list[Step]()
@@ -38,7 +41,7 @@ def run(
     state = {name: whole(tensor).clone() for name, tensor in trainer.state().items()}
     if many:  # stages have their own tensors
         states: list[dict[str, torch.Tensor]] = [{}] * ranks.size
-        torch.distributed.all_gather_object(states, state)
+        torch.distributed.gather_object(state, states if ranks.rank == 0 else None)
         state = {name: tensor for one in states for name, tensor in one.items()}
     return steps, state
 
