@@ -84,13 +84,6 @@ class Shelf:
         finally:
             self._put_down(wanted, is_done=is_done)
 
-    def remove(self) -> None:
-        """Take everything off, the directory as well."""
-        with io_errors("."), contextlib.suppress(FileNotFoundError):
-            for entry in os.listdir(self.path):
-                os.unlink(os.path.join(self.path, entry))
-            os.rmdir(self.path)
-
     # ---- room
 
     def _take_up(self, wanted: list[str]) -> None:

@@ -211,11 +211,3 @@ def test_room_that_is_still_needed_is_what_is_not_here(far: Far) -> None:
     hold(shelf, "a")
     taken = (far.at / "a.whole").stat().st_blocks * 512
     assert shelf.bytes_to_come("abcde") == max(0, 600 - taken)
-
-
-def test_remove_takes_all_off(far: Far) -> None:
-    shelf = made(far, 600, {"a": 2})
-    hold(shelf, "a")
-    shelf.remove()
-    assert not far.at.exists()
-    shelf.remove()
