@@ -114,7 +114,7 @@ def _lost(goal: Goal, present: Mapping[str, Remote]) -> list[FileVerdict]:
         is_here = probe.is_there(os.path.join(goal.work, file.name))
         if file.name != CARD_NAME and not is_here and not push.is_published(file, present):
             remote = present.get(file.name)
-            verdict, found = ("differs", remote.sha256 or remote.git_blob) if remote else ("missing", None)
+            verdict, found = ("differs", remote.id) if remote else ("missing", None)
             lost.append(FileVerdict(file.name, verdict, file.sha256, found))
     return lost
 

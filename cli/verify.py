@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from dsv4ckpt import compare, oids, survey, verify
+from dsv4ckpt import compare, hub, hub_source, oids, survey, verify
 from dsv4ckpt.errors import EXIT_DIFFERENT, EXIT_OK, Usage
 from dsv4ckpt.formats import CARD_NAME, MANIFEST_NAME
 from dsv4ckpt.hub_source import HubCheckpoint
@@ -20,6 +20,15 @@ from .progress import Progress
 from .words import Console, Subset, human, plural, table
 
 _SHOWN = 20  # differences; --json lists all
+
+
+class _FileOrHub(click.Path):
+    """A file that is there, or an address that begins with hf://."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and value.startswith(hub.PREFIX):
+            return value
+        return super().convert(value, param, ctx)
 
 
 @click.command("verify")
@@ -34,10 +43,10 @@ _SHOWN = 20  # differences; --json lists all
 @click.option(
     "--against-hub-oids",
     "oids_path",
-    type=click.Path(exists=True, dir_okay=False),
-    metavar="FILE",
-    help="Hash A's files and compare them with the ids that the Hub publishes. FILE: `git lfs ls-files -l` in a "
-    "clone, `sha256sum *` elsewhere, or JSON of the Hub's tree or model info (see above).",
+    type=_FileOrHub(exists=True, dir_okay=False),
+    metavar="FILE|hf://owner/name",
+    help="Hash A's files and compare them with the ids that the Hub publishes: now, or in FILE. FILE: `git lfs "
+    "ls-files -l` in a clone, `sha256sum *` elsewhere, or JSON of the Hub's tree or model info (see above).",
 )
 @click.option(
     "--subset", type=Subset(), metavar="n/t", help="A spot check: part n of t, of the files or tensors."
@@ -81,10 +90,11 @@ def command(
       dsv4 verify DeepSeek-V4-Flash flash-bf16 --level values
       dsv4 verify DeepSeek-V4-Flash flash-bf16 --subset 1/20
       dsv4 verify DeepSeek-V4-Flash restored --level bytes
+      dsv4 verify DeepSeek-V4-Flash --against-hub-oids hf://deepseek-ai/DeepSeek-V4-Flash
       dsv4 verify restored --against-hub-oids oids.txt
 
     \b
-    Ids of a release, of LFS files in a clone (no need to fetch them), or of all files by huggingface_hub:
+    Ids as a file, for a machine without network: of LFS files in a clone (no need to fetch them), or of all files:
       GIT_LFS_SKIP_SMUDGE=1 git clone https://huggingface.co/deepseek-ai/DeepSeek-V4-Flash
       git -C DeepSeek-V4-Flash lfs ls-files -l > oids.txt
       python -c "import dataclasses, json, huggingface_hub as hub; \\
@@ -177,6 +187,15 @@ def _one(
     return _conclude(document, console)
 
 
+def _published(oids_path: str) -> tuple[tuple[oids.Published, ...], str]:
+    """Ids, and where they are from. raises BadManifest, UnsafePath, HubFailed"""
+    if not oids_path.startswith(hub.PREFIX):
+        return oids.read_list(oids_path), f"in {os.path.basename(oids_path)}"
+    repo, files = hub_source.listed(oids_path)
+    found = (oids.Published(name, *remote) for name, remote in sorted(files.items()))
+    return tuple(found), f"of {repo.name}, commit {repo.revision}"
+
+
 def _against_oids(
     path: str,
     oids_path: str,
@@ -185,8 +204,8 @@ def _against_oids(
     follow_links: bool,
     console: Console,
 ) -> int:
-    published = oids.read_list(oids_path)
-    console.say(f"{path}: against {plural(len(published), 'id')} in {os.path.basename(oids_path)}", bold=True)
+    published, where = _published(oids_path)
+    console.say(f"{path}: against {plural(len(published), 'id')} {where}", bold=True)
     with _watched(console) as (on_event, stop):
         report = oids.verify_oids(
             path,

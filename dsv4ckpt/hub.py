@@ -9,6 +9,7 @@ signed, and the client's own messages contain them: none of these is passed on, 
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +38,23 @@ class Remote(NamedTuple):
     size: int
     sha256: str | None
     git_blob: str
+
+    @property
+    def id(self) -> str:
+        """What `digest` comes to for the right bytes."""
+        return self.sha256 or self.git_blob
+
+    def digest(self) -> Any:
+        """A hash, to be fed with the bytes."""
+        if self.sha256:
+            return hashlib.sha256()
+        return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
+
+    def is_of(self, data: bytes) -> bool:
+        """Whether these are the bytes."""
+        digest = self.digest()
+        digest.update(data)
+        return bool(digest.hexdigest() == self.id)
 
 
 class Address(NamedTuple):

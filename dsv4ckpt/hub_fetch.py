@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from . import formats
 from .errors import HubFailed
@@ -23,25 +21,6 @@ _CHUNK = 4 * 1024 * 1024
 _SEGMENT_BYTES = 64 * 1024 * 1024  # asked for at a time
 _NUM_CONNECTIONS = 4  # for each file
 _TIMES = 3  # that a file is brought before it counts as wrong
-
-
-def id_of(remote: Remote) -> str:
-    """What `digest_of` comes to for the right bytes."""
-    return remote.sha256 or remote.git_blob
-
-
-def digest_of(remote: Remote) -> Any:
-    """To be fed with the bytes of a file whose id the Hub tells."""
-    if remote.sha256:
-        return hashlib.sha256()
-    return hashlib.sha1(b"blob %d\0" % remote.size, usedforsecurity=False)
-
-
-def is_of(remote: Remote, data: bytes) -> bool:
-    """Whether these are the bytes that the Hub's id tells."""
-    digest = digest_of(remote)
-    digest.update(data)
-    return bool(digest.hexdigest() == id_of(remote))
 
 
 class Bringer:
@@ -70,7 +49,7 @@ class Bringer:
         raise HubFailed(
             f"a shard arrives {_TIMES} times as something else than the Hub's id of it says",
             file=name,
-            expected=id_of(self._files[name]),
+            expected=self._files[name].id,
             do="give the same command again later; if it stays so, ask who published it",
         )
 
@@ -115,11 +94,11 @@ class Bringer:
     def _is_proven(self, name: str, part: str) -> bool:
         remote = self._files[name]
         with io_errors(name), open(part, "rb") as file:
-            digest = digest_of(remote)
+            digest = remote.digest()
             while piece := file.read(_CHUNK):
                 self._stop.check()
                 digest.update(piece)
-            return file.tell() == remote.size and digest.hexdigest() == id_of(remote)
+            return file.tell() == remote.size and digest.hexdigest() == remote.id
 
 
 def _write_at(fd: int, data: bytes, offset: int) -> None:

@@ -22,7 +22,7 @@ from . import contained, formats, hub, shard, source
 from .errors import HubFailed, UnsafePath, Usage, printable
 from .formats import CONFIG_NAME, INDEX_NAME, SIDECAR_NAME
 from .hub import Remote, Repo
-from .hub_fetch import Bringer, digest_of, id_of, is_of
+from .hub_fetch import Bringer
 from .shelf import Shelf
 from .sink import io_errors
 from .source import Checkpoint, Landing, Place, Reader, Shard, SmallFile, Stamp
@@ -118,19 +118,19 @@ class HubCheckpoint(Checkpoint):
         """Proven by the id that the Hub publishes. raises HubFailed"""
         remote = self.files[name]
         data = self.repo.read(name, 0, remote.size)
-        if not is_of(remote, data):
+        if not remote.is_of(data):
             raise _not_its_id(name)
         return data
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """The last one is followed by HubFailed if they are not what the id says."""
         remote = self.files[name]
-        digest = digest_of(remote)
+        digest = remote.digest()
         for offset in range(0, remote.size, _CHUNK):
             piece = self.repo.read(name, offset, min(offset + _CHUNK, remote.size))
             digest.update(piece)
             yield piece
-        if digest.hexdigest() != id_of(remote):
+        if digest.hexdigest() != remote.id:
             raise _not_its_id(name)
 
     def small_files(self) -> list[SmallFile]:
@@ -260,17 +260,23 @@ def _require_plain(names: Iterable[str]) -> None:
             )
 
 
+def listed(address: str) -> tuple[Repo, dict[str, Remote]]:
+    """A repository at the commit that its revision names now, and its files. raises Usage, HubFailed, UnsafePath"""
+    name, revision = hub.parse_address(address)
+    repo = Repo(name, revision)
+    repo.pin()
+    files = repo.files()
+    _require_plain(files)
+    return repo, files
+
+
 def open_hub(address: str) -> HubCheckpoint:
     """Read index, headers and config of a repository, at the commit that its revision names now.
 
     address  hf://owner/name[@revision]
     raises   Usage, HubFailed, MissingFile, UnsafePath, BadIndex, BadHeader, BadConfig
     """
-    name, revision = hub.parse_address(address)
-    repo = Repo(name, revision)
-    repo.pin()
-    files = repo.files()
-    _require_plain(files)
+    repo, files = listed(address)
     checkpoint = HubCheckpoint(repo, files, None)
     checkpoint.config_bytes = _read_optional(checkpoint, CONFIG_NAME, formats.MAX_CONFIG_BYTES)
     index = _read_optional(checkpoint, INDEX_NAME, formats.MAX_INDEX_BYTES)

@@ -9,7 +9,6 @@ of the Hub's tree and model routes as huggingface_hub 2.4 reads them.
 from __future__ import annotations
 
 import concurrent.futures
-import hashlib
 import os
 import re
 from collections import Counter
@@ -20,9 +19,9 @@ from typing import Any, NamedTuple, NoReturn
 from . import contained, formats, probe, strictjson
 from .errors import BadManifest, MissingFile, UnsafePath, printable
 from .formats import CONFIG_NAME, INDEX_NAME
+from .hub import Remote
 from .stop import StopFlag
 from .verify import (
-    Digest,
     FileVerdict,
     OnEvent,
     Started,
@@ -121,14 +120,9 @@ def _verdict(
         return FileVerdict(file.name, "missing", expected, None)
     if file.size not in (None, size):
         return FileVerdict(file.name, "differs", f"{file.size:,} bytes", f"{size:,} bytes")
-    found = hash_file(_empty(file, size), directory, file.name, size, follow_links, watch)
+    digest = Remote(size, file.sha256, file.git_blob or "").digest()
+    found = hash_file(digest, directory, file.name, size, follow_links, watch)
     return FileVerdict(file.name, "ok" if found == expected else "differs", expected, found)
-
-
-def _empty(file: Published, size: int) -> Digest:
-    if file.sha256:
-        return hashlib.sha256()
-    return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
 
 
 # ---- the list

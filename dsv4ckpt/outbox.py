@@ -132,7 +132,7 @@ class Outbox:
                 "the Hub shows another id for a shard than it was sent with",
                 file=wrong[0].name,
                 expected=wrong[0].sha256,
-                found=(remote.sha256 or remote.git_blob) if remote else "nothing",
+                found=remote.id if remote else "nothing",
                 do="see whether somebody else writes to this branch, then give the same command again",
             )
         for file in group:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from . import card, contained, probe, shard, verify
 from .errors import BadConfig, EditedOutput, MissingFile
@@ -296,11 +296,6 @@ def _digest(directory: str, file: Listed, empty: verify.Digest) -> str:
     return verify.hash_file(empty, directory, file.name, file.size, False, watch)
 
 
-def _git_blob(size: int) -> Any:
-    """The hash that becomes git's id of a file, before its first byte."""
-    return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-
-
 def _is_there(plan: PushPlan, file: Listed, present: Mapping[str, Remote]) -> bool:
     """Whether the Hub has the manifest's bytes under this name. LFS files are not read for that."""
     remote = present.get(file.name)
@@ -309,13 +304,11 @@ def _is_there(plan: PushPlan, file: Listed, present: Mapping[str, Remote]) -> bo
     if remote.sha256:
         return is_published(file, present)
     _require_bytes(plan.directory, [file])
-    return remote.git_blob == _digest(plan.directory, file, _git_blob(file.size))
+    return remote.id == _digest(plan.directory, file, remote.digest())
 
 
 def _is_card(plan: PushPlan, present: Mapping[str, Remote]) -> bool:
-    blob = _git_blob(len(plan.card))
-    blob.update(plan.card)
-    return CARD_NAME in present and present[CARD_NAME].git_blob == blob.hexdigest()
+    return CARD_NAME in present and present[CARD_NAME].is_of(plan.card)
 
 
 def _compared(
@@ -325,7 +318,7 @@ def _compared(
     for file in plan.files:
         remote = present.get(file.name)
         verdict = "missing" if remote is None else "ok" if _is_there(plan, file, present) else "differs"
-        found = None if remote is None else remote.sha256 or remote.git_blob
+        found = None if remote is None else remote.id
         verdicts.append(FileVerdict(file.name, verdict, file.sha256, found))
     if not kept_card:
         verdict = "ok" if _is_card(plan, present) else "differs" if CARD_NAME in present else "missing"

@@ -98,7 +98,7 @@ MAY_IMPORT = {
         "shard",
         "verify",
     },
-    "oids": {"contained", "errors", "formats", "probe", "stop", "strictjson", "verify"},
+    "oids": {"contained", "errors", "formats", "hub", "probe", "stop", "strictjson", "verify"},
     "values": {
         "codec",
         "errors",

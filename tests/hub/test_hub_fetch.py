@@ -11,7 +11,7 @@ from server import Fault, Fetch, Hub, git_blob
 
 from dsv4ckpt.errors import HubFailed, Interrupted
 from dsv4ckpt.hub import Remote, Repo
-from dsv4ckpt.hub_fetch import Bringer, is_of
+from dsv4ckpt.hub_fetch import Bringer
 from dsv4ckpt.stop import StopFlag
 
 LAB, NAME, SEGMENT = "lab/one", "model.safetensors", 1000
@@ -186,8 +186,8 @@ def test_storage_that_ignores_the_range_is_not_believed_but_at_the_beginning(
 def test_ids_of_both_kinds_are_those_of_the_bytes() -> None:
     data = b"hello"
     for remote in (Remote(5, hashlib.sha256(data).hexdigest(), ""), Remote(5, None, git_blob(data))):
-        assert is_of(remote, data)
-        assert not is_of(remote, b"hellp") and not is_of(remote, b"hello\0")
+        assert remote.is_of(data)
+        assert not remote.is_of(b"hellp") and not remote.is_of(b"hello\0")
     assert (
         git_blob(data) == "b6fc4c620b67d95f953a5c1c1230aaab5db5a1b0"
     )  # printf hello | git hash-object --stdin

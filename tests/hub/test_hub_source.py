@@ -490,3 +490,29 @@ def test_list_of_files_that_is_none_is_refused(
     monkeypatch.setattr(server, "_row", lambda name, entry: row)
     assert hub.repos
     assert "the client gave up" in refused(run("inspect", source), "HubFailed", 4)
+
+
+# ---- a download, against the ids
+
+
+def test_directory_is_compared_with_the_ids_of_the_hub(
+    hub: Hub, source: str, smallest: Path, tmp_path: Path
+) -> None:
+    downloaded = tiny.copy_of(smallest, tmp_path / "downloaded")
+    good = run("verify", downloaded, "--against-hub-oids", source)
+    commit = hub.repos[LAB].branches["main"][-1].oid
+    assert good.code == 0 and f"of {LAB}, commit {commit}" in good.out and good.out.endswith("ok\n")
+    assert hub.fetched == 0
+    for name in ("config.json", sorted(downloaded.glob("*.safetensors"))[0].name):
+        data = bytearray((smallest / name).read_bytes())
+        data[-2] ^= 1
+        tiny.replace(downloaded / name, bytes(data))
+    bad = json.loads(run("verify", downloaded, "--against-hub-oids", source, "--json").out)
+    differing = {row["name"] for row in bad["oids"]["files"] if row["verdict"] == "differs"}
+    assert not bad["ok"] and len(differing) == 2 and "config.json" in differing
+    (downloaded / "model.safetensors.index.json").unlink()
+    missing = run("verify", downloaded, "--against-hub-oids", source)
+    assert missing.code == 1 and "model.safetensors.index.json: missing" in missing.out
+    assert "no such repository" in refused(
+        run("verify", downloaded, "--against-hub-oids", "hf://lab/none"), "HubFailed", 4
+    )
