@@ -89,8 +89,8 @@ MUTANTS = (
     Mutant(
         "a finished file is there",
         "dsv4ckpt/outdir.py",
-        "                and _size_of(os.path.join(self.path, receipt.name)) == receipt.size\n",
-        "",
+        "        is_here = _size_of(os.path.join(self.path, receipt.name)) == receipt.size\n",
+        "        is_here = True\n",
         f"{OUTDIR} journal_line",
     ),
     Mutant(
@@ -133,7 +133,7 @@ MUTANTS = (
     Mutant(
         "a tensor in two shards is refused",
         "dsv4ckpt/source.py",
-        "        if first.shard != name:\n",
+        "        if first.shard != item.name:\n",
         "        if False:\n",
         "tests/ckpt/test_conservation.py fifteenth",
     ),
@@ -184,7 +184,7 @@ MUTANTS = (
     Mutant(
         "a source that changed is refused",
         "dsv4ckpt/source.py",
-        "    if stamp(status) != planned.stamp:\n",
+        "    if stamp(status) != place.stamp:\n",
         "    if False:\n",
         "tests/ckpt/test_source.py",
     ),
@@ -213,7 +213,7 @@ MUTANTS = (
     Mutant(
         "a signal stops the workers",
         "dsv4ckpt/stop.py",
-        "        if self.signal_number or self._failed.is_set():\n",
+        "        if self.is_set:\n",
         "        if False:\n",
         f"{CONVERT} stopped_anywhere",
     ),
@@ -235,8 +235,8 @@ MUTANTS = (
     Mutant(
         "verify reads what it vouches for",
         "dsv4ckpt/verify.py",
-        '"ok" if found == file.sha256 else "differs"',
-        '"ok"',
+        "    if sha256 == file.sha256:\n",
+        "    if sha256 is not None:\n",
         "tests/ckpt/test_bit_flips.py few",
     ),
     Mutant(
