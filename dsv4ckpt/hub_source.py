@@ -6,19 +6,16 @@ bytes are compared with the ids that the Hub publishes; what is read without a s
 
 from __future__ import annotations
 
-import atexit
 import concurrent.futures
 import contextlib
 import functools
 import hashlib
 import os
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from . import contained, formats, hub, shard, source
+from . import contained, formats, hub, shard, source, temporaries
 from .errors import HubFailed, UnsafePath, Usage, printable
 from .formats import CONFIG_NAME, INDEX_NAME, SIDECAR_NAME
 from .hub import Remote, Repo
@@ -145,7 +142,8 @@ class HubCheckpoint(Checkpoint):
     @functools.cached_property
     def small_directory(self) -> str:
         """A copy of config, tokenizer and the like, until the process ends."""
-        directory = self._temporary()
+        with io_errors("."):
+            directory = temporaries.new_directory()
         names = [item.name for item in self.small_files() if item.left is None]
         for name in [CONFIG_NAME, *names] if CONFIG_NAME in self.files else names:
             self._keep(directory, name, self.read_small(name))
@@ -156,16 +154,10 @@ class HubCheckpoint(Checkpoint):
         """A copy of the round-trip sidecar, until the process ends; None: there is none. raises HubFailed"""
         if SIDECAR_NAME not in self.files:
             return None
-        path = os.path.join(self._temporary(), SIDECAR_NAME)
+        with io_errors("."):
+            path = os.path.join(temporaries.new_directory(), SIDECAR_NAME)
         Bringer(self.repo, self.files, StopFlag(), lambda count: None)(SIDECAR_NAME, path, path + ".marks")
         return path
-
-    def _temporary(self) -> str:
-        """A directory that goes when the process ends."""
-        with io_errors("."):
-            directory = tempfile.mkdtemp(prefix="dsv4-")
-        atexit.register(shutil.rmtree, directory, ignore_errors=True)
-        return directory
 
     def _keep(self, directory: str, name: str, data: bytes) -> None:
         path = os.path.join(directory, name)

@@ -27,6 +27,7 @@ from . import probe
 from .errors import Busy, Dsv4Error, Environment, ForeignOutput, NoSpace, Usage, printable
 from .formats import MANIFEST_NAME, WORK_NAME
 from .sink import FileSink, Receipt, io_errors
+from .temporaries import host_key, is_alive
 
 _PLAN, _JOURNAL, _REFUSED, _COMMIT = "plan", "journal", "refused", "commit"
 SHELF_PREFIX = "shelf."  # of directories for what is fetched from elsewhere
@@ -56,7 +57,7 @@ class OutDir:
         self._good_bytes = 0  # of our journal, before a torn tail
         self._is_shared = False  # other ranks write here too
         self._work = os.path.join(path, WORK_NAME)
-        self._host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+        self._host = host_key()
         self._journal_fd = -1
         self._lock_fd = -1
         self._is_new = False  # no earlier run claimed the directory
@@ -383,7 +384,7 @@ class OutDir:
             if len(parts) != 5 or parts[-1] != "part" or parts[1] != self._host or not parts[2].isdecimal():
                 continue
             # our own number: an earlier process had it, for this one has written nothing yet
-            if int(parts[2]) == os.getpid() or not _is_alive(int(parts[2])):
+            if int(parts[2]) == os.getpid() or not is_alive(int(parts[2])):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(self._work, name))
 
@@ -613,13 +614,3 @@ def _receipt(line: bytes) -> Receipt | None:
     ):
         return None
     return Receipt(name, size, sha256, notes)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True

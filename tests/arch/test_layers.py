@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "shard": {"errors", "formats", "strictjson"},
     "sink": {"errors"},
     "contained": {"errors", "probe"},
-    "outdir": {"errors", "formats", "probe", "sink", "strictjson"},
+    "temporaries": set[str](),
+    "outdir": {"errors", "formats", "probe", "sink", "strictjson", "temporaries"},
     "config": {"errors", "formats", "strictjson"},
     "inventory": {"config", "formats", "names"},
     "release": {"config", "errors", "formats", "inventory", "names"},
@@ -85,6 +86,7 @@ MAY_IMPORT = {
         "sink",
         "source",
         "stop",
+        "temporaries",
     },
     "push": {
         "card",

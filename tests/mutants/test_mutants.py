@@ -220,7 +220,7 @@ MUTANTS = (
     Mutant(
         "temporaries of the living stay",
         "dsv4ckpt/outdir.py",
-        "not _is_alive(int(parts[2]))",
+        "not is_alive(int(parts[2]))",
         "True",
         f"{OUTDIR} living_process",
     ),
