@@ -123,7 +123,6 @@ def shelves(
             item.checkpoint,
             os.path.join(work, WORK_NAME, name),
             limit // len(sources),
-            item.groups,
             stop,
             progress.fetched,
         )

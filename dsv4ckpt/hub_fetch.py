@@ -6,16 +6,15 @@ tensors.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from . import formats
 from .errors import HubFailed
 from .hub import Remote, Repo
-from .sink import io_errors
-from .stop import StopFlag
+from .sink import io_errors, write_at
+from .stop import StopFlag, all_of
 
 _CHUNK = 4 * 1024 * 1024
 _SEGMENT_BYTES = 64 * 1024 * 1024  # asked for at a time
@@ -78,7 +77,7 @@ class Bringer:
                     os.pwrite(marks_fd, b"\1", number)
 
             waiting = [number for number in range(len(segments)) if there[number : number + 1] != b"\1"]
-            _all_of(bring, waiting)
+            all_of(bring, waiting, _NUM_CONNECTIONS)
         with io_errors(name):
             os.unlink(marks)
 
@@ -86,7 +85,7 @@ class Bringer:
         def take(offset: int, piece: bytes) -> None:
             self._stop.check()
             with io_errors(name):
-                _write_at(fd, piece, offset)
+                write_at(fd, piece, offset)
             self._on_bytes(len(piece))
 
         self._repo.stream(name, begin, end, take)
@@ -101,28 +100,8 @@ class Bringer:
             return file.tell() == remote.size and digest.hexdigest() == remote.id
 
 
-def _write_at(fd: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(fd, view, offset)
-        view, offset = view[count:], offset + count
-
-
 def _write_new(path: str, data: bytes) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     with open(path, "xb") as file:
         file.write(data)
-
-
-def _all_of(bring: Callable[[int], None], numbers: Sequence[int]) -> None:
-    """Some at a time; the first error ends it."""
-    with concurrent.futures.ThreadPoolExecutor(_NUM_CONNECTIONS) as pool:
-        futures = [pool.submit(bring, number) for number in numbers]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                future.result()
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise

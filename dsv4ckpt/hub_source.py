@@ -47,23 +47,14 @@ def open_checkpoint(name: str, *, follow_links: bool = False) -> Checkpoint:
 
 
 def put_on_shelf(
-    checkpoint: HubCheckpoint,
-    path: str,
-    limit: int,
-    groups: Collection[Collection[str]],
-    stop: StopFlag,
-    on_bytes: Callable[[int], None],
+    checkpoint: HubCheckpoint, path: str, limit: int, stop: StopFlag, on_bytes: Callable[[int], None]
 ) -> None:
     """From now on shards that are read as a whole are brought to a directory, so many bytes at a time.
 
-    groups    shards that will be read together
+    limit     at least that of the shards that will be read together
     on_bytes  told of bytes as they arrive, from any thread
-    raises    Usage if the largest group does not fit
     """
     sizes = {name: checkpoint.files[name].size for name in checkpoint.shards}
-    least = max((sum(sizes[name] for name in group) for group in groups), default=0)
-    if limit < least:
-        raise too_small(least, limit)
     bring = Bringer(checkpoint.repo, checkpoint.files, stop, on_bytes)
     checkpoint.shelf = Shelf(path, sizes, limit, bring, stop.check)
     checkpoint.repo.pause = functools.partial(pause, stop)

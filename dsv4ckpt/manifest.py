@@ -43,9 +43,7 @@ class Manifest:
     files: tuple[Listed, ...]
     source: frozenset[Listed]  # shards that the output was made from; the SHA-256 is their header's
     proofs: dict[str, dict[str, str]]  # source shard -> what tells its data from others: Checkpoint.proof
-    origin: dict[
-        str, str
-    ]  # where on the Hub the source was: repository and commit; empty if it was not there
+    origin: dict[str, str]  # repository and commit of a source on the Hub; empty if it was not there
     layers: tuple[int, ...] | None  # source layers that were selected; None: all
     dropped: frozenset[str]  # tensors of the source that were left out
     num_unchanged: int | None  # tensors with the source's bytes; None: it does not say

@@ -7,7 +7,6 @@ shards.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import hashlib
 import os
@@ -42,7 +41,7 @@ from .sidecar import PartWriter
 from .sink import Receipt, io_errors
 from .source import Checkpoint, Reader
 from .steps import PlannedFile
-from .stop import StopFlag
+from .stop import StopFlag, all_of
 from .threads import one_torch_thread
 from .work import Worker
 
@@ -481,20 +480,12 @@ def _already_complete(plan: Plan, checkpoint: Checkpoint, path: str, outlet: Out
 
 
 def _run_jobs(files: list[tuple[int, PlannedFile]], run: _Run, num_workers: int) -> None:
-    def job(number: int, file: PlannedFile) -> None:
+    def job(item: tuple[int, PlannedFile]) -> None:
+        number, file = item
         run.stop.check()
         run.on_event(FileDone(_write_shard(file, number, run)))
 
-    with concurrent.futures.ThreadPoolExecutor(num_workers) as pool:
-        futures = [pool.submit(job, number, file) for number, file in files]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                future.result()
-        except BaseException:
-            run.stop.fail()
-            for future in futures:
-                future.cancel()
-            raise
+    all_of(job, files, num_workers, run.stop.fail)
 
 
 def _write_shard(file: PlannedFile, number: int, run: _Run) -> Receipt:

@@ -58,6 +58,14 @@ def io_errors(name: str) -> Iterator[None]:
         ) from None
 
 
+def write_at(fd: int, data: memoryview | bytes, offset: int) -> None:
+    """All of `data`, from `offset` on. raises OSError"""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(fd, view, offset)
+        view, offset = view[count:], offset + count
+
+
 class FileSink:
     """Streams one output file through reused aligned slabs; hashing and writing run beside the producer.
 
@@ -145,12 +153,9 @@ class FileSink:
     def write_at(self, offset: int, data: memoryview | bytes) -> None:
         """Put a small piece where it belongs; the next byte of `room` stays where it was."""
         assert not self._in_order
-        view = memoryview(data)
-        self._written += len(view)
+        self._written += len(data)
         with io_errors(self._name):
-            while view:
-                count = os.pwrite(self._fd, view, offset)
-                view, offset = view[count:], offset + count
+            write_at(self._fd, data, offset)
 
     def _flush(self) -> None:
         """Hand the current slab to the writing thread and wait until the next one is free."""
@@ -171,9 +176,7 @@ class FileSink:
         padded = -(-count // _ALIGNMENT) * _ALIGNMENT if self._direct else count
         view = whole[:padded]
         with io_errors(self._name):
-            done = 0
-            while done < padded:
-                done += os.pwrite(self._fd, view[done:], offset + done)
+            write_at(self._fd, view, offset)
             if not self._direct and hasattr(os, "posix_fadvise"):
                 # the first call starts write-back of this slab, the second drops the one before the last
                 os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_DONTNEED)
